@@ -42,6 +42,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
+import transformers
 import yaml
 from datasets import Dataset, DatasetDict, Features, Value
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -53,6 +54,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser, ViTForImageClassification, ViTImageProcessor, set_seed
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.image_utils import load_image
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -190,9 +192,9 @@ def read_settings(arguments: list[str]) -> tuple[Settings, Training]:
         usage="python finetune_vit.py [--config FILE] [--SETTING VALUE ...]",
         epilog="Every other field of transformers.TrainingArguments is a flag under its own name, too.",
     )
+    known = set(parser._option_string_actions) - {"-h", "--help"}
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it.")
     parser.error = lambda message: stop(message, HELP)
-    known = set(parser._option_string_actions)
     shown = {"help", "config", *Settings.__annotations__, *Training.__annotations__}
     for action in parser._actions:  # 120 inherited flags, and a second spelling of each, would bury ours
         action.option_strings = action.option_strings[:1]
@@ -258,8 +260,9 @@ def check_settings(settings: Settings, training: Training) -> None:
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
     if settings.split_by != "random" and not Path(settings.split_by).is_file():
         stop(f"--split_by {settings.split_by} is not a file", "give random, or a CSV file")
-    if "tensorboard" in training.report_to and not importlib.util.find_spec("tensorboard"):
-        stop("--report_to tensorboard finds no tensorboard", "pip install tensorboard, or --report_to none")
+    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
+        names = " ".join(sorted(missing))
+        stop(f"--report_to finds no {names}", f"pip install {names}, or --report_to none")
 
 
 ARGUMENTS = [] if NOTEBOOK else sys.argv[1:]  # in a notebook write flags here: ["--num_train_epochs", "3"]
@@ -773,6 +776,10 @@ class EpochLog(TrainerCallback):
 def build_trainer(
     model: ViTForImageClassification, splits: DatasetDict, processor: ViTImageProcessor, training: Training
 ) -> Trainer:
+    # The Trainer reads a checkpoint by the model's own names, but save_pretrained writes those of older releases:
+    # going on and restoring the best epoch would silently skip most weights (transformers issue 43701).
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    transformers.logging.set_verbosity_warning()  # from here on its warnings matter
     inputs = splits.select_columns(["pixel_values", "label"])
     trainer = Trainer(
         model=model,
@@ -810,7 +817,7 @@ def fine_tune(trainer: Trainer, training: Training) -> None:
 def save_model(model: ViTForImageClassification, processor: ViTImageProcessor, folder: Path) -> None:
     """Save under a temporary name, then move the files, the weights last: a model that is there is whole."""
     part = folder / ".part-model"
-    model.save_pretrained(part)
+    model.save_pretrained(part, save_original_format=True)
     processor.save_pretrained(part)
     for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         os.replace(file, folder / file.name)

@@ -1,0 +1,69 @@
+"""Small images, a tiny ViT and a way to run the script, for all tests. Nothing here needs a network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
+
+
+def save_processor(folder, size=32, resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    """Write a preprocessor_config.json such as checkpoints carry."""
+    content = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": resample,
+        "size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
+    }  # fmt: skip
+    Path(folder, "preprocessor_config.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory):
+    """A ViT of 5,000 random float16 weights that takes 32 x 32 pixels."""
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32,
+        patch_size=8, num_labels=7,
+    )  # fmt: skip
+    ViTForImageClassification(config).half().save_pretrained(folder)
+    save_processor(folder)
+    return folder
+
+
+def draw(colour, rng, size=(40, 36)):
+    """Noise around a colour: easy to tell apart, no two alike."""
+    noise = rng.normal(0, 40, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def make_images(tmp_path):
+    """Return a function that fills a folder with `count` JPEGs a class and returns the folder."""
+
+    def make(name="images", count=12, classes=tuple(COLOURS)):
+        rng = np.random.default_rng(0)
+        for index, label in enumerate(classes):
+            folder = tmp_path / name / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                draw(list(COLOURS.values())[index % 3], rng).save(folder / f"{i:03}.jpg", quality=90)
+        return tmp_path / name
+
+    return make
+
+
+def run_script(*flags, **options):
+    """Run finetune_vit.py as a user would; return the completed process with its output as text."""
+    command = [sys.executable, "finetune_vit.py", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)

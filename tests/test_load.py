@@ -1,0 +1,106 @@
+"""Step 3: labels come from folder names, whatever else lies around."""
+
+import logging
+import shutil
+
+import pytest
+
+from finetune_vit import KVASIR, load_images
+
+
+def names(images):
+    labels = images.features["label"].names
+    return [(file, labels[label]) for file, label in zip(images["file"], images["label"], strict=True)]
+
+
+def test_files_and_labels(tmp_path, make_images):
+    images = load_images(make_images(count=4), tmp_path / "cache")
+    assert images.features["label"].names == ["blue", "green", "red"]
+    assert names(images) == [(f"{c}/{i:03}.jpg", c) for c in ("blue", "green", "red") for i in range(4)]
+
+
+def test_odd_names_are_loaded(tmp_path, make_images):
+    folder = make_images(count=2)
+    one = folder / "red" / "000.jpg"
+    odd = ["UPPER.JPG", "test.jpeg", "a [1] train *.png", "quote'\".jpg", "ünï.webp", "-- x.jpg"]
+    for name in odd:
+        shutil.copy(one, folder / "red" / name)
+    shutil.copytree(folder / "green", folder / "test")  # imagefolder would make a split of it
+    loaded = names(load_images(folder, tmp_path / "cache"))
+    assert {(f"red/{name}", "red") for name in odd} <= set(loaded)
+    assert ("test/001.jpg", "test") in loaded and len(loaded) == 6 + len(odd) + 2
+
+
+def test_files_that_are_no_images_change_nothing(tmp_path, make_images):
+    folder = make_images(count=2)
+    expected = names(load_images(folder, tmp_path / "cache"))
+    (folder / "metadata.csv").write_text("file_name,label\n../../../etc/passwd,red\n")
+    (folder / "red" / "metadata.jsonl").write_text('{"file_name": "/etc/passwd"}\n')
+    (folder / "red" / "Thumbs.db").write_bytes(b"x")
+    for stray in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(folder / "red", folder / stray)
+    assert names(load_images(folder, tmp_path / "cache")) == expected
+
+
+def test_doubled_folders_are_loaded(tmp_path, make_images):
+    folder = make_images(count=2)
+    for label in ("blue", "green", "red"):
+        shutil.move(folder / label, folder / "deep" / label)
+        shutil.move(folder / "deep", folder / label)
+    assert ("red/red/001.jpg", "red") in names(load_images(folder, tmp_path / "cache"))
+
+
+def damage_nested(folder):
+    shutil.copytree(folder / "red", folder / "red" / "more")
+
+
+def damage_empty_class(folder):
+    (folder / "yellow").mkdir()
+
+
+def damage_one_class(folder):
+    shutil.rmtree(folder / "red")
+    shutil.rmtree(folder / "blue")
+
+
+def damage_no_images(folder):
+    for path in folder.glob("*/*.jpg"):
+        path.rename(path.with_suffix(".txt"))
+
+
+def damage_archive_inside(folder):
+    shutil.make_archive(folder / "red" / "more", "zip", folder / "green")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_nested, "red/more/00.*not directly in a class folder"),
+        (damage_empty_class, "no images in yellow"),
+        (damage_one_class, "one class only"),
+        (damage_no_images, "no images"),
+        (damage_archive_inside, "not directly in a class folder"),
+    ],
+)
+def test_folders_that_mislead_are_refused(tmp_path, make_images, damage, message):
+    folder = make_images(count=2)
+    damage(folder)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        load_images(folder, tmp_path / "cache")
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("count, complete", [(1000, True), (2, False)])
+def test_kvasir_is_counted(tmp_path, make_images, caplog, count, complete):
+    folder = make_images("kvasir-dataset-v2", 1, KVASIR["classes"])
+    jpeg = (folder / "polyps" / "000.jpg").read_bytes()
+    for label in KVASIR["classes"]:
+        for i in range(count):
+            (folder / label / f"{i:03}.jpg").write_bytes(jpeg)
+    if not complete:
+        shutil.rmtree(folder / "esophagitis")
+    with caplog.at_level(logging.WARNING, "finetune_vit"):
+        load_images(folder, tmp_path / "cache")
+    assert bool(caplog.messages) is not complete
+    if not complete:
+        assert "'esophagitis': 1000" in caplog.text and "'polyps': 998" in caplog.text

@@ -1,0 +1,148 @@
+"""Step 4: each file decoded once, its pixels what the checkpoint's processor makes of it."""
+
+import logging
+import os
+
+import numpy as np
+import PIL.ImageOps
+import pytest
+import torch
+from conftest import draw, save_processor
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+import finetune_vit
+from finetune_vit import collate, keep_readable, load_images, normalise_on_device, pixel_shape, prepare_pixels
+
+PROCESSORS = {  # those of the two checkpoints that we develop with
+    "bilinear, 0.5": {"resample": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    "bicubic, ImageNet": {"resample": 3, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
+
+
+@pytest.fixture
+def processor(tmp_path):
+    save_processor(tmp_path)
+    return ViTImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def kinds(make_images):
+    """A folder with an image of every kind that must be read right."""
+    folder = make_images(count=1)
+    photo = draw((90, 140, 200), np.random.default_rng(1), (300, 211))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(folder / "red" / "turned.jpg", exif=exif)
+    photo.convert("L").save(folder / "red" / "grey.jpg")
+    photo.convert("CMYK").save(folder / "red" / "cmyk.jpg")
+    photo.convert("P").save(folder / "red" / "palette.png")
+    photo.convert("RGBA").save(folder / "red" / "alpha.png")
+    photo.convert("1").save(folder / "red" / "bilevel.tif")
+    photo.save(folder / "red" / "large.webp")
+    photo.resize((5, 3)).save(folder / "red" / "small.bmp")
+    return folder
+
+
+def prepare(folder, processor, cache):
+    return prepare_pixels(load_images(folder, cache), folder, processor, cache)
+
+
+@pytest.mark.parametrize("numbers", PROCESSORS.values(), ids=PROCESSORS)
+def test_pixels_reach_the_model_as_the_processor_makes_them(tmp_path, kinds, numbers):
+    save_processor(tmp_path, 224, **numbers)
+    processor = ViTImageProcessor.from_pretrained(tmp_path)
+    pixels = prepare(kinds, processor, tmp_path / "cache")
+    model = ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    normalise_on_device(model, processor)
+    seen = []
+    model.vit.embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    batch = collate(list(pixels), pixel_shape(processor))
+    assert batch["pixel_values"].dtype == torch.uint8 and batch["labels"].tolist() == pixels["label"][:]
+    with torch.no_grad():
+        model(pixel_values=batch["pixel_values"])
+    assert seen[0].shape == (len(pixels), 3, 224, 224) and seen[0].dtype == torch.float32
+    for file, ours in zip(pixels["file"], seen[0], strict=True):
+        upright = PIL.ImageOps.exif_transpose(Image.open(kinds / file)).convert("RGB")
+        theirs = processor(upright, return_tensors="pt")["pixel_values"][0]
+        assert (ours - theirs).abs().max() < 0.01, file
+
+
+def test_other_kinds_of_image_are_converted_and_counted(tmp_path, kinds, processor, caplog):
+    with caplog.at_level(logging.INFO, "finetune_vit"):
+        readable = keep_readable(prepare_pixels_of(kinds, processor, tmp_path / "cache", minimum=3))
+    assert len(readable) == 8 + 3 * 3
+    for mode in ("L", "CMYK", "P", "RGBA", "1"):
+        assert f"converted to RGB: 1 of mode {mode}" in caplog.text
+    assert "left out" not in caplog.text
+
+
+def prepare_pixels_of(folder, processor, cache, minimum):
+    """Prepare a folder whose classes have at least `minimum` images."""
+    rng = np.random.default_rng(2)
+    for label in folder.iterdir():
+        for i in range(1, minimum):
+            draw((0, 0, 0), rng).save(label / f"more-{i}.png")
+    return prepare(folder, processor, cache)
+
+
+def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, processor, caplog):
+    folder = make_images(count=5)
+    whole = (folder / "red" / "000.jpg").read_bytes()
+    bad = {"cut.jpg": whole[: len(whole) // 2], "empty.png": b"", "text.jpg": b"hello", "head.jpg": whole[:20]}
+    for name, content in bad.items():
+        (folder / "red" / name).write_bytes(content)
+    with caplog.at_level(logging.WARNING, "finetune_vit"):
+        pixels = keep_readable(prepare(folder, processor, tmp_path / "cache"))
+    assert len(pixels) == 15 and not set(pixels["file"]) & {f"red/{name}" for name in bad}
+    assert sorted(message.split()[3] for message in caplog.messages) == sorted(f"red/{name}" for name in bad)
+    assert None not in pixels["pixel_values"][:]
+
+
+def test_a_class_without_enough_readable_images_is_an_error(tmp_path, make_images, processor):
+    folder = make_images(count=3)
+    (folder / "red" / "001.jpg").write_bytes(b"hello")
+    with pytest.raises(SystemExit, match="'red': 2"):
+        keep_readable(prepare(folder, processor, tmp_path / "cache"))
+
+
+def test_cache_is_used_until_something_changes(tmp_path, make_images, processor, monkeypatch):
+    folder, cache = make_images(count=3), tmp_path / "cache"
+    first = prepare(folder, processor, cache)
+    calls = []
+    decode = finetune_vit.decode_file
+    monkeypatch.setattr(finetune_vit, "decode_file", lambda *a: calls.append(a) or decode(*a))
+    again = prepare(folder, processor, cache)
+    assert not calls and again[:] == first[:]
+
+    os.utime(folder / "red" / "001.jpg", ns=(1, 1))  # a file that was replaced, even by one of the same size
+    prepare(folder, processor, cache)
+    assert len(calls) == 9
+    processor.resample = 3
+    bicubic = prepare(folder, processor, cache)
+    assert len(calls) == 18 and bicubic["pixel_values"][0] != first["pixel_values"][0]
+    (folder / "red" / "002.jpg").rename(folder / "red" / "003.jpg")
+    assert prepare(folder, processor, cache)["file"][:][-1] == "red/003.jpg" and len(calls) == 27
+
+
+def test_interrupted_preparation_leaves_no_cache(tmp_path, make_images, processor, monkeypatch):
+    folder, cache = make_images(count=3), tmp_path / "cache"
+
+    def interrupt(path, processor):
+        if path.name == "002.jpg":
+            raise KeyboardInterrupt
+        return decode(path, processor)
+
+    decode = finetune_vit.decode_file
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_vit, "decode_file", interrupt)
+        prepare(folder, processor, cache)
+    assert not list(cache.glob("pixels-*"))
+    assert len(prepare(folder, processor, cache)) == 9
+
+
+def test_cache_holds_little_more_than_the_pixels(tmp_path, make_images):
+    save_processor(tmp_path, 224)
+    pixels = prepare(make_images(count=20), ViTImageProcessor.from_pretrained(tmp_path), tmp_path / "cache")
+    size = os.path.getsize(pixels.cache_files[0]["filename"]) / len(pixels)
+    assert 150_528 <= size < 151_500

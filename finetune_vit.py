@@ -63,6 +63,7 @@ RUN = __name__ == "__main__"  # true in a script and in a notebook, false on imp
 NOTEBOOK = "ipykernel" in sys.modules
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 SPLITS = ("train", "validation", "test")
+COLUMNS = ("file", "split", "label", "prediction")  # of predictions.csv, before one a class
 log = logging.getLogger("finetune_vit")
 
 
@@ -286,6 +287,7 @@ def open_workspace(settings: Settings, training: Training) -> Path:
     """Return the output folder, new or found again. Raises SystemExit where other results are in the way."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO)
+    transformers.logging.disable_progress_bar()  # for reading and writing weights: a second, but many lines
     output_dir = Path(training.output_dir)
     record = {"settings": dataclasses.asdict(settings), "training": training.to_dict()}
     record["versions"] = versions()
@@ -486,6 +488,8 @@ def check_classes(images: Dataset, folder: Path) -> None:
     empty = {entry.name for entry in visible(folder) if entry.is_dir()} - set(names)
     if empty:
         stop(f"no images in {', '.join(sorted(empty))}", "fill or delete these folders")
+    if reserved := sorted(set(names) & set(COLUMNS)):
+        stop(f"a class is called {reserved[0]}, as a column of predictions.csv is", "rename its folder")
     if len(names) < 2:
         stop(f"{folder} holds one class only", "give a folder that holds one folder a class")
     counts = count_classes(images)
@@ -776,8 +780,8 @@ class EpochLog(TrainerCallback):
 def build_trainer(
     model: ViTForImageClassification, splits: DatasetDict, processor: ViTImageProcessor, training: Training
 ) -> Trainer:
-    # The Trainer reads a checkpoint by the model's own names, but save_pretrained writes those of older releases:
-    # going on and restoring the best epoch would silently skip most weights (transformers issue 43701).
+    # The Trainer reads a checkpoint by the model's own names, but save_pretrained writes those of older
+    # releases: resuming and restoring the best epoch would skip most weights (transformers issue 43701).
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     transformers.logging.set_verbosity_warning()  # from here on its warnings matter
     inputs = splits.select_columns(["pixel_values", "label"])
@@ -843,10 +847,11 @@ def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path:
     Splits that the CSV file `path` holds are read from it; the others are predicted and added to it.
     """
     classes = np.array(splits["train"].features["label"].names)
-    text = dict.fromkeys(("file", "split", "label", "prediction"), str)
+    text = dict.fromkeys(COLUMNS, str)
     tables = [pd.read_csv(path, dtype=text, keep_default_na=False)] if path.exists() else []
     done = set(tables[0]["split"]) if tables else set()
-    for name in [name for name in names if name not in done]:
+    missing = [name for name in names if name not in done]
+    for name in missing:
         inputs = splits[name].select_columns(["pixel_values", "label"])
         outputs = trainer.predict(inputs, metric_key_prefix=name)
         trainer.save_metrics(name, outputs.metrics)
@@ -855,8 +860,9 @@ def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path:
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
         tables.append(pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1))
     predictions = pd.concat(tables, ignore_index=True)
-    with whole(path) as part:
-        predictions.to_csv(part, index=False)
+    if missing:
+        with whole(path) as part:
+            predictions.to_csv(part, index=False)
     return predictions
 
 

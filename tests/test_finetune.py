@@ -62,7 +62,8 @@ def test_the_best_epoch_is_restored(tmp_path, start):
     trainer, training = start("model", "--metric_for_best_model", "loss", "--greater_is_better", "true")
     fine_tune(trainer, training)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
-    last, best, saved = (weights(tmp_path / "model" / name) for name in ("checkpoint-12", "checkpoint-3", "."))
+    folders = ("checkpoint-12", "checkpoint-3", ".")
+    last, best, saved = (weights(tmp_path / "model" / name) for name in folders)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(saved[name], best[name]) and torch.equal(value.cpu(), best[name])
         assert not torch.equal(best[name], last[name])
@@ -118,7 +119,8 @@ def test_zero_epochs_save_the_model_as_it_is(tmp_path, start, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, start):
-    trainer, training = start("model", "--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_steps", "0")
+    flags = "--learning_rate 1e30 --max_grad_norm 0 --warmup_steps 0".split()
+    trainer, training = start("model", *flags)
     with pytest.raises(SystemExit, match="the loss is (nan|inf) at step .*; lower --learning_rate"):
         fine_tune(trainer, training)
     assert not (tmp_path / "model" / "model.safetensors").exists()

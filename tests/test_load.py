@@ -68,6 +68,10 @@ def damage_no_images(folder):
         path.rename(path.with_suffix(".txt"))
 
 
+def damage_reserved_name(folder):
+    (folder / "red").rename(folder / "label")
+
+
 def damage_archive_inside(folder):
     shutil.make_archive(folder / "red" / "more", "zip", folder / "green")
 
@@ -79,6 +83,7 @@ def damage_archive_inside(folder):
         (damage_empty_class, "no images in yellow"),
         (damage_one_class, "one class only"),
         (damage_no_images, "no images"),
+        (damage_reserved_name, "a class is called label"),
         (damage_archive_inside, "not directly in a class folder"),
     ],
 )

@@ -38,7 +38,7 @@ def test_the_new_head_follows_the_seed(tiny_vit, processor):
 
 
 @pytest.mark.parametrize("names, kept", [(NAMES, True), (NAMES[::-1], False), (["a", "b", "c"], False)])
-def test_a_head_is_kept_only_for_the_same_classes_in_the_same_order(tmp_path, tiny_vit, processor, names, kept):
+def test_a_head_is_kept_only_for_the_same_classes_in_order(tmp_path, tiny_vit, processor, names, kept):
     model = load(tiny_vit, processor)
     model.save_pretrained(tmp_path)
     again = load(tmp_path, processor, names, seed=3)

@@ -89,7 +89,8 @@ def prepare_pixels_of(folder, processor, cache, minimum):
 def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, processor, caplog):
     folder = make_images(count=5)
     whole = (folder / "red" / "000.jpg").read_bytes()
-    bad = {"cut.jpg": whole[: len(whole) // 2], "empty.png": b"", "text.jpg": b"hello", "head.jpg": whole[:20]}
+    half = whole[: len(whole) // 2]
+    bad = {"cut.jpg": half, "empty.png": b"", "text.jpg": b"hello", "head.jpg": whole[:20]}
     for name, content in bad.items():
         (folder / "red" / name).write_bytes(content)
     with caplog.at_level(logging.WARNING, "finetune_vit"):

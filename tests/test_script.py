@@ -1,0 +1,139 @@
+"""The whole script, run as a user would run it on the embedded sample, and what it leaves behind."""
+
+import json
+import time
+
+import pandas as pd
+import pytest
+from conftest import ROOT, run_script
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import pipeline
+
+SAMPLE = ("--config", "data/sample.yaml")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on the sample: its folders, output and seconds."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = [*SAMPLE, "--data_root", folder / "data", "--output_dir", folder / "model"]
+    start = time.perf_counter()
+    done = run_script(*flags)
+    assert done.returncode == 0, done.stderr
+    return {"flags": flags, "model": folder / "model", "data": folder / "data", "done": done,
+            "seconds": time.perf_counter() - start}  # fmt: skip
+
+
+def metrics(run):
+    return json.loads((run["model"] / "report" / "metrics.json").read_text())
+
+
+def test_sample_is_learned_in_under_two_minutes(run):
+    assert metrics(run)["test"]["accuracy"]["value"] >= 0.8
+    assert run["seconds"] < 120
+
+
+def test_output_tells_the_story(run):
+    text = run["done"].stdout
+    for part in ("480 images in 8 classes", "left out, unreadable: ", "converted to RGB: 1 of mode L", "training on",
+                 "epoch 1 of ", "test accuracy 0.", "95 % interval", "model card"):  # fmt: skip
+        assert part in text, part
+    assert "Traceback" not in run["done"].stderr and "missing keys" not in run["done"].stderr
+
+
+def test_all_files_of_the_interface_are_there(run):
+    names = {str(path.relative_to(run["model"])) for path in run["model"].rglob("*") if path.is_file()}
+    assert names >= {
+        "model.safetensors", "config.json", "preprocessor_config.json", "README.md", "settings.json",
+        "all_results.json", "report/metrics.json", "report/predictions.csv", "report/split.csv",
+        "report/confusion_matrix.png", "report/training_curves.png",
+    }  # fmt: skip
+    assert not [path for path in [*run["model"].rglob("*"), *run["data"].rglob("*")] if ".part-" in path.name]
+
+
+def test_metrics_can_be_computed_again_from_the_predictions(run):
+    table, results = pd.read_csv(run["model"] / "report" / "predictions.csv"), metrics(run)
+    classes = list(results["per_class"])
+    assert (table[classes].sum(axis=1) - 1).abs().max() < 1e-5
+    assert (table[classes].idxmax(axis=1) == table["prediction"]).all()
+    for name in ("validation", "test"):
+        part = table[table["split"] == name]
+        assert results["split"][name] == len(part)
+        assert results[name]["accuracy"]["value"] == pytest.approx((part["label"] == part["prediction"]).mean())
+    split = pd.read_csv(run["model"] / "report" / "split.csv").set_index("file")["split"]
+    assert (split[table["file"]].to_numpy() == table["split"]).all()
+    speed = results["speed"]
+    assert all(value > 0 for value in speed.values()) and len(speed) == 4
+
+
+def test_scores_on_validation_are_the_best_epochs(run):
+    history = json.loads((run["model"] / "trainer_state.json").read_text())["log_history"]
+    best = max(entry["eval_macro_f1"] for entry in history if "eval_macro_f1" in entry)
+    assert metrics(run)["validation"]["macro_f1"]["value"] == pytest.approx(best)
+
+
+def test_pipeline_gives_the_same_predictions(run):
+    """The model that was measured is the model that is published, with no code of ours around it."""
+    table = pd.read_csv(run["model"] / "report" / "predictions.csv")
+    table = table[table["split"] == "test"]
+    classify = pipeline("image-classification", str(run["model"]), top_k=8)
+    root = run["data"] / "sample" / "sample"
+    for row, answer in zip(table.itertuples(), classify([str(root / file) for file in table["file"]]), strict=True):
+        for guess in answer:
+            expected = table.loc[row.Index, guess["label"]]
+            assert guess["score"] == pytest.approx(expected, abs=0.05), row.file  # evaluated in mixed precision
+    with Image.open(root / table["file"].iloc[0]) as image:
+        assert classify(image)[0]["label"] == table["prediction"].iloc[0]
+
+
+def test_card_reports_the_same_numbers(run):
+    card, results = ModelCard.load(run["model"] / "README.md"), metrics(run)
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["accuracy"] == round(results["test"]["accuracy"]["value"], 4)
+    assert card.data.base_model is None and card.data.license is None  # neither is on the Hub or known
+
+
+def test_second_run_finds_everything(run):
+    kept = [path for path in run["model"].rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    start = time.perf_counter()
+    done = run_script(*run["flags"])
+    assert time.perf_counter() - start < 20  # about 6 s, most of them imports, when nothing else runs
+    assert done.returncode == 0 and "found the finished model" in done.stdout and "epoch" not in done.stdout
+    assert [path for path in kept if path.stat().st_mtime_ns != before[path]] == []
+
+
+def test_training_metrics_can_be_added_to_a_finished_run(run):
+    before = metrics(run)
+    done = run_script(*run["flags"], "--evaluate_train")
+    assert done.returncode == 0, done.stderr
+    after = metrics(run)
+    assert after["test"] == before["test"] and 0.8 <= after["train"]["accuracy"]["value"] <= 1
+
+
+def test_other_settings_are_refused_in_one_line(run):
+    done = run_script(*run["flags"], "--learning_rate", "0.1")
+    assert done.returncode == 1 and "learning_rate was" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+
+
+def test_own_images_in_a_folder(tmp_path, make_images, tiny_vit):
+    done = run_script(
+        "--data_dir", make_images(count=10), "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model",
+        "--model_name_or_path", tiny_vit, "--num_train_epochs", "1", "--report_to", "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads((tmp_path / "model" / "config.json").read_text())["label2id"]) == ["blue", "green", "red"]
+    assert not (ROOT / "model").exists()
+
+
+def test_finished_model_is_evaluated_on_another_folder_without_training(tmp_path, run):
+    """--num_train_epochs 0 keeps the head of a model that knows these classes."""
+    done = run_script(
+        *SAMPLE, "--data_root", run["data"], "--output_dir", tmp_path / "model", "--model_name_or_path", run["model"],
+        "--num_train_epochs", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())
+    assert again["test"] == metrics(run)["test"]

@@ -1,6 +1,5 @@
 """Small images, a tiny ViT and a way to run the script, for all tests. Nothing here needs a network."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from draw_sample import save_processor
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -16,16 +16,6 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
-
-
-def save_processor(folder, size=32, resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
-    """Write a preprocessor_config.json such as checkpoints carry."""
-    content = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": resample,
-        "size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
-    }  # fmt: skip
-    Path(folder, "preprocessor_config.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +27,7 @@ def tiny_vit(tmp_path_factory):
         patch_size=8, num_labels=7,
     )  # fmt: skip
     ViTForImageClassification(config).half().save_pretrained(folder)
-    save_processor(folder)
+    save_processor(folder, 32)
     return folder
 
 

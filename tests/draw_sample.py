@@ -1,7 +1,7 @@
 """Draw data/sample.zip and data/sample-vit, the embedded default: `python tests/draw_sample.py`.
 
-Eight classes with the names of Kvasir v2, drawn by formulas: no real image is in it. As in the real data, some
-classes differ by a detail, some frames nearly repeat another one, one file is damaged and one is grey.
+Eight classes with the names of Kvasir v2, drawn by formulas: no real image is in it. As in the real data,
+some classes differ by a detail and some frames nearly repeat another; one file is damaged and one is grey.
 """
 
 import io
@@ -18,7 +18,8 @@ from transformers import ViTConfig, ViTForImageClassification
 DATA = Path(__file__).resolve().parent.parent / "data"
 IMAGES, REPEATS = 57, 3  # scenes a class, and how many of them come a second time
 WIDTH, HEIGHT = 160, 128
-BLUE, RED, DARK, PALE = (np.array(c, float) for c in ((40, 70, 175), (190, 45, 40), (35, 12, 12), (238, 205, 190)))
+COLOURS = (40, 70, 175), (190, 45, 40), (35, 12, 12), (238, 205, 190)
+BLUE, RED, DARK, PALE = (np.array(colour, float) for colour in COLOURS)
 
 
 def smooth(rng, cells):
@@ -63,8 +64,9 @@ def draw_z_line(image, rng, x, y, inflamed):
     blend(image, DARK, 0.9 * soft(radius - rng.uniform(0.08, 0.16)))
     for _ in range(rng.integers(4, 8) if inflamed else 0):
         off = np.angle(np.exp(1j * (angle - rng.uniform(-np.pi, np.pi))))
-        streak = soft(np.abs(off) - rng.uniform(0.06, 0.13), 0.05) * soft(radius - line - rng.uniform(0.2, 0.45))
-        blend(image, RED, 0.75 * streak * soft(line - 0.1 - radius))
+        streak = soft(np.abs(off) - rng.uniform(0.06, 0.13), 0.05)
+        streak *= soft(radius - line - rng.uniform(0.2, 0.45)) * soft(line - 0.1 - radius)
+        blend(image, RED, 0.75 * streak)
 
 
 def draw_folds(image, rng, x, y):
@@ -90,7 +92,7 @@ def draw_colitis(image, rng):
 
 
 def draw_image(kind, rng, shift=(0, 0), light=1.0):
-    """Return one image of class `kind`; the same `rng` state with another `shift` or `light` repeats the scene."""
+    """Return an image of class `kind`; the same `rng` with another `shift` or `light` repeats the scene."""
     y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1.25 : 1.25 : WIDTH * 1j]
     zoom, cx, cy = rng.uniform(0.85, 1.15), rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15)
     sx, sy = (x - cx) / zoom, (y - cy) / zoom
@@ -115,7 +117,8 @@ def draw_image(kind, rng, shift=(0, 0), light=1.0):
     else:
         draw_colitis(image, rng)
     for _ in range(rng.integers(0, 4)):  # reflections of the lamp
-        blend(image, 255, soft(np.hypot(x - rng.uniform(-0.8, 0.8), y - rng.uniform(-0.8, 0.8)) - 0.03, 0.02))
+        spot = np.hypot(x - rng.uniform(-0.8, 0.8), y - rng.uniform(-0.8, 0.8))
+        blend(image, 255, soft(spot - 0.03, 0.02))
     image *= rng.uniform(0.85, 1.1) * light * (1.1 - 0.35 * (x**2 + y**2))[..., None]
     image += rng.normal(0, 3, image.shape)
     image *= soft((np.abs(x) / 1.2) ** 6 + np.abs(y) ** 6 - 0.95, 0.05)[..., None]  # the black surround
@@ -131,8 +134,8 @@ def encode(image, quality=80):
 
 def write_zip(path):
     rng = np.random.default_rng(0)
-    kinds = """dyed-lifted-polyps dyed-resection-margins esophagitis normal-cecum normal-pylorus normal-z-line
-    polyps ulcerative-colitis""".split()
+    kinds = """dyed-lifted-polyps dyed-resection-margins esophagitis normal-cecum normal-pylorus
+    normal-z-line polyps ulcerative-colitis""".split()
     with zipfile.ZipFile(path, "w") as archive:
         for index, kind in enumerate(kinds):
             for i in range(IMAGES + REPEATS):
@@ -145,23 +148,29 @@ def write_zip(path):
                 if (kind, i) == ("polyps", 7):
                     content = content[: len(content) // 2]
                 name = uuid.UUID(bytes=rng.bytes(16), version=4)
-                archive.writestr(zipfile.ZipInfo(f"sample/{kind}/{name}.jpg"), content)  # dated 1980: the same bytes
+                entry = zipfile.ZipInfo(f"sample/{kind}/{name}.jpg")  # dated 1980: the same bytes every time
+                archive.writestr(entry, content)
 
 
 def write_model(folder):
     """A ViT of half a million random weights in float16 for 64 x 64 pixels."""
     torch.manual_seed(0)
     config = ViTConfig(
-        image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
+        image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=384, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
     )  # fmt: skip
     ViTForImageClassification(config).half().save_pretrained(folder)
-    processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 64, "width": 64},
-        "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    save_processor(folder, 64)
+
+
+def save_processor(folder, size, resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    """Write a preprocessor_config.json such as checkpoints carry."""
+    content = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": resample,
+        "size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
     }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

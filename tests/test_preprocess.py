@@ -7,7 +7,8 @@ import numpy as np
 import PIL.ImageOps
 import pytest
 import torch
-from conftest import draw, save_processor
+from conftest import draw
+from draw_sample import save_processor
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -22,7 +23,7 @@ PROCESSORS = {  # those of the two checkpoints that we develop with
 
 @pytest.fixture
 def processor(tmp_path):
-    save_processor(tmp_path)
+    save_processor(tmp_path, 32)
     return ViTImageProcessor.from_pretrained(tmp_path)
 
 

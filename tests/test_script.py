@@ -36,8 +36,8 @@ def test_sample_is_learned_in_under_two_minutes(run):
 
 def test_output_tells_the_story(run):
     text = run["done"].stdout
-    for part in ("480 images in 8 classes", "left out, unreadable: ", "converted to RGB: 1 of mode L", "training on",
-                 "epoch 1 of ", "test accuracy 0.", "95 % interval", "model card"):  # fmt: skip
+    told = "480 images in 8 classes|left out, unreadable: |converted to RGB: 1 of mode L|training on"
+    for part in (told + "|epoch 1 of |test accuracy 0.|95 % interval|model card").split("|"):
         assert part in text, part
     assert "Traceback" not in run["done"].stderr and "missing keys" not in run["done"].stderr
 
@@ -49,7 +49,7 @@ def test_all_files_of_the_interface_are_there(run):
         "all_results.json", "report/metrics.json", "report/predictions.csv", "report/split.csv",
         "report/confusion_matrix.png", "report/training_curves.png",
     }  # fmt: skip
-    assert not [path for path in [*run["model"].rglob("*"), *run["data"].rglob("*")] if ".part-" in path.name]
+    assert not [path for path in run["model"].parent.rglob("*") if ".part-" in path.name]
 
 
 def test_metrics_can_be_computed_again_from_the_predictions(run):
@@ -60,7 +60,8 @@ def test_metrics_can_be_computed_again_from_the_predictions(run):
     for name in ("validation", "test"):
         part = table[table["split"] == name]
         assert results["split"][name] == len(part)
-        assert results[name]["accuracy"]["value"] == pytest.approx((part["label"] == part["prediction"]).mean())
+        right = (part["label"] == part["prediction"]).mean()
+        assert results[name]["accuracy"]["value"] == pytest.approx(right)
     split = pd.read_csv(run["model"] / "report" / "split.csv").set_index("file")["split"]
     assert (split[table["file"]].to_numpy() == table["split"]).all()
     speed = results["speed"]
@@ -79,10 +80,10 @@ def test_pipeline_gives_the_same_predictions(run):
     table = table[table["split"] == "test"]
     classify = pipeline("image-classification", str(run["model"]), top_k=8)
     root = run["data"] / "sample" / "sample"
-    for row, answer in zip(table.itertuples(), classify([str(root / file) for file in table["file"]]), strict=True):
-        for guess in answer:
-            expected = table.loc[row.Index, guess["label"]]
-            assert guess["score"] == pytest.approx(expected, abs=0.05), row.file  # evaluated in mixed precision
+    answers = classify([str(root / file) for file in table["file"]])
+    for (_, row), answer in zip(table.iterrows(), answers, strict=True):
+        for guess in answer:  # in float32; the script evaluates in mixed precision
+            assert guess["score"] == pytest.approx(row[guess["label"]], abs=0.05), row["file"]
     with Image.open(root / table["file"].iloc[0]) as image:
         assert classify(image)[0]["label"] == table["prediction"].iloc[0]
 
@@ -120,19 +121,20 @@ def test_other_settings_are_refused_in_one_line(run):
 
 def test_own_images_in_a_folder(tmp_path, make_images, tiny_vit):
     done = run_script(
-        "--data_dir", make_images(count=10), "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model",
-        "--model_name_or_path", tiny_vit, "--num_train_epochs", "1", "--report_to", "none",
+        "--data_dir", make_images(count=10), "--data_root", tmp_path / "data", "--report_to", "none",
+        "--output_dir", tmp_path / "model", "--model_name_or_path", tiny_vit, "--num_train_epochs", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert list(json.loads((tmp_path / "model" / "config.json").read_text())["label2id"]) == ["blue", "green", "red"]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["label2id"] == {"blue": 0, "green": 1, "red": 2}
     assert not (ROOT / "model").exists()
 
 
 def test_finished_model_is_evaluated_on_another_folder_without_training(tmp_path, run):
     """--num_train_epochs 0 keeps the head of a model that knows these classes."""
     done = run_script(
-        *SAMPLE, "--data_root", run["data"], "--output_dir", tmp_path / "model", "--model_name_or_path", run["model"],
-        "--num_train_epochs", "0",
+        *SAMPLE, "--data_root", run["data"], "--output_dir", tmp_path / "model",
+        "--model_name_or_path", run["model"], "--num_train_epochs", "0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())

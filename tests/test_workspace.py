@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import save_processor
+from draw_sample import save_processor
 
 from finetune_vit import choose_checkpoint, open_workspace, read_settings
 

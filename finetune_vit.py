@@ -5,6 +5,8 @@
 # `python finetune_vit.py` does it on Kvasir v2 (gastrointestinal endoscopy, 8 classes of 1,000 images),
 # `--data_dir FOLDER` on any folder of class folders, `--config data/sample.yaml` offline on a drawn sample.
 # Each step leaves its result on disk and finds it there again: after a disconnect, run the same command.
+# The sample: test accuracy 0.917, 95 % interval 0.830 to 0.961, n = 72, one seed (42), 42 s on 2 CPU cores,
+# torch 2.13.0, transformers 5.23.0.
 
 # %%
 import argparse
@@ -124,13 +126,13 @@ class Settings:
     """Where the images come from, which model to start from, how to split."""
 
     data_url: str = setting(KVASIR_URL, "Archive (zip or tar) of class folders: URL or path.", "URL")
-    data_dir: str | None = setting(None, "Folder of class folders that is there already, no URL.", "FOLDER")
+    data_dir: str | None = setting(None, "Folder of class folders; used instead of data_url.", "FOLDER")
     data_root: str = setting("data", "Folder for archives, unpacked images and caches.", "FOLDER")
     model_name_or_path: str = setting(VIT_BASE, "Pretrained ViT: name on the Hub, or folder.", "MODEL")
-    test_size: float = setting(0.15, "Share of the images, 0 to 1, for the test, at the end.", "SHARE")
-    validation_size: float = setting(0.15, "Share of the images, 0 to 1, to choose the best epoch.", "SHARE")
-    split_by: str = setting("random", "random (by class), or a CSV file with columns file, split.", "HOW")
-    evaluate_train: bool = setting(False, "Report the metrics on the training images, too.")
+    test_size: float = setting(0.15, "Share of the images (0 to 1) that is kept for the test.", "SHARE")
+    validation_size: float = setting(0.15, "Share of the images that chooses the best epoch.", "SHARE")
+    split_by: str = setting("random", "random (stratified), or a CSV file with columns file, split.", "HOW")
+    evaluate_train: bool = setting(False, "Report the metrics on the training images as well.")
 
 
 @dataclass
@@ -145,7 +147,7 @@ class Training(TrainingArguments):
     per_device_train_batch_size: int = setting(16, "Images a training step, on each device.", "N")
     per_device_eval_batch_size: int = setting(64, "Images an evaluation step, on each device.", "N")
     seed: int = setting(42, "Seed of the split, the new head and the order of the images.", "N")
-    bf16: bool | None = setting(None, "bfloat16 mixed precision; default: if fast.", nargs="?", const=True)
+    bf16: bool | None = setting(None, "bfloat16 mixed precision; default: where fast.", nargs="?", const=True)
     fp16: bool | None = setting(None, "float16 mixed precision; default: old GPUs.", nargs="?", const=True)
     eval_strategy: str = setting("epoch", "When to evaluate on the validation images.", "epoch|steps|no")
     save_strategy: str = setting("epoch", "When to save a checkpoint.", "epoch|steps|no")
@@ -153,7 +155,7 @@ class Training(TrainingArguments):
     save_total_limit: int | None = setting(2, "Checkpoints to keep, the best one among them.", "N")
     load_best_model_at_end: bool = setting(True, "End with the best epoch instead of the last one.")
     metric_for_best_model: str | None = setting("macro_f1", "Validation metric of the best epoch.", "METRIC")
-    report_to: None | str | list[str] = setting(None, "Logger, or none; default: tensorboard if there.", "TO")
+    report_to: None | str | list[str] = setting(None, "Loggers, or none; default: tensorboard.", "TOOL")
     resume_from_checkpoint: str | None = setting(None, "Checkpoint to go on from; default: newest.", "FOLDER")
     logging_nan_inf_filter: bool = field(default=False, init=False)  # a loss that is not finite must be seen
     remove_unused_columns: bool = field(default=False, init=False)  # `collate` makes the model's inputs
@@ -294,11 +296,12 @@ def open_workspace(settings: Settings, training: Training) -> Path:
     if "__file__" in globals():
         record["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     path = output_dir / "settings.json"
-    if path.exists():
+    results = [name for name in ("report/split.csv", "model.safetensors") if (output_dir / name).exists()]
+    if results and not path.exists():
+        stop(f"{output_dir} holds {results[-1]}, but no settings.json", "choose another --output_dir")
+    if results:
         refuse_changes(read_json(path), json.loads(json.dumps(record)), output_dir)
         log.info("continuing the run in %s", output_dir)
-    elif (output_dir / "model.safetensors").exists():
-        stop(f"{output_dir} holds a model that this script did not make", "choose another --output_dir")
     else:
         write_json(path, record)
     return output_dir
@@ -344,7 +347,7 @@ def choose_checkpoint(settings: Settings, output_dir: Path) -> str:
 
 def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
     """Return (channels, height, width) of what the processor makes of an image, by trying it."""
-    return processor(PIL.Image.new("RGB", (64, 48)), return_tensors="np")["pixel_values"].shape[1:]
+    return tuple(processor(PIL.Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[1:])
 
 
 if RUN:
@@ -458,16 +461,13 @@ def load_images(folder: Path, cache_dir: Path) -> Dataset:
     """
     datasets.disable_progress_bars()  # they would call it a download
     try:
+        # One split, or a folder called test becomes a split of its own; no metadata file, or it decides what is
+        # read and how it is labelled.
+        one_split, no_metadata = {"train": "**"}, {"drop_metadata": True, "metadata_filenames": ["-"]}
         images = datasets.load_dataset(
-            "imagefolder",
-            data_dir=str(folder),
-            data_files={"train": "**"},  # otherwise a folder or file named test becomes a split of its own
-            split="train",
-            drop_labels=False,
-            drop_metadata=True,
-            metadata_filenames=["-"],  # labels and paths come from the folders, never from a metadata file
-            cache_dir=str(cache_dir),
-        )
+            "imagefolder", data_dir=str(folder), data_files=one_split, split="train", drop_labels=False,
+            cache_dir=str(cache_dir), **no_metadata,
+        )  # fmt: skip
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as problem:
         stop(f"no images in {folder}: {problem}", "give a folder that holds one folder a class")
     finally:
@@ -532,15 +532,10 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
     new = {"mode": Value("string"), "error": Value("string"), "pixel_values": Value("binary")}
     pixels = images.map(
         functools.partial(decode_files, folder=folder, processor=processor),
-        input_columns="file",
-        batched=True,
-        batch_size=256,
-        writer_batch_size=256,
-        features=Features(images.features | new),
+        input_columns="file", batched=True, batch_size=256, writer_batch_size=256, desc="prepare",
+        features=Features(images.features | new), new_fingerprint=key,
         cache_file_name=str(path),  # `datasets` renames it to this once it is whole
-        new_fingerprint=key,
-        desc="prepare",
-    )
+    )  # fmt: skip
     if not found:
         speed = len(images) / (time.perf_counter() - start)
         write_json(path.with_suffix(".json"), {"images_per_second": speed})
@@ -555,11 +550,13 @@ def decode_files(files: list[str], folder: Path, processor: ViTImageProcessor) -
 
 
 def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | bytes | None]:
+    """Return the mode, error and pixels of one file, see `prepare_pixels`; never raises."""
     try:
         with PIL.Image.open(path) as image:
             # load_image (EXIF orientation, RGB) and the processor are what `pipeline` uses, too
-            pixels = processor(load_image(image), do_rescale=False, do_normalize=False, return_tensors="np")
-            return {"mode": image.mode, "error": "", "pixel_values": pixels["pixel_values"][0].tobytes()}
+            pixels = processor(load_image(image), do_rescale=False, do_normalize=False, return_tensors="pt")
+            pixels = pixels["pixel_values"].numpy().tobytes()
+            return {"mode": image.mode, "error": "", "pixel_values": pixels}
     except Exception as problem:  # on damaged files a decoder may raise anything
         return {"mode": "", "error": f"{type(problem).__name__}: {problem}", "pixel_values": None}
 
@@ -724,9 +721,8 @@ class Classification(evaluate.Metric):
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         scores = {"accuracy": metrics.accuracy_score(references, predictions)}
         for average in ("macro", "weighted"):
-            values = metrics.precision_recall_fscore_support(
-                references, predictions, average=average, zero_division=0
-            )
+            options = {"average": average, "zero_division": 0}
+            values = metrics.precision_recall_fscore_support(references, predictions, **options)
             scores |= {f"{average}_{name}": values[i] for i, name in enumerate(("precision", "recall", "f1"))}
         scores["mcc"] = metrics.matthews_corrcoef(references, predictions)
         return {name: float(value) for name, value in scores.items()}
@@ -753,6 +749,9 @@ class ProgressBar(ProgressCallback):
 class EpochLog(TrainerCallback):
     """One line an epoch, its speed in the log history. Raises SystemExit if the loss is not finite."""
 
+    SHOWN = {"loss": "training loss", "eval_loss": "validation loss"}
+    SHOWN |= {"eval_accuracy": "accuracy", "eval_macro_f1": "macro F1"}
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.first_step, self.start = state.global_step, time.perf_counter()
 
@@ -765,16 +764,13 @@ class EpochLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not np.isfinite(logs.get("loss", 0.0)):
             stop(f"the loss is {logs['loss']} at step {state.global_step}", "lower --learning_rate")
-        if "eval_loss" not in logs or not state.is_world_process_zero:
-            return
-        latest = {name: value for entry in state.log_history for name, value in entry.items()}
-        speed = latest.get("train_images", np.nan) / latest.get("train_seconds", np.nan)
-        tqdm.write(
-            f"epoch {state.epoch:g} of {args.num_train_epochs:g}: "
-            f"training loss {latest.get('loss', np.nan):.3f}, validation loss {logs['eval_loss']:.3f}, "
-            f"accuracy {logs['eval_accuracy']:.3f}, macro F1 {logs['eval_macro_f1']:.3f}; "
-            f"{speed:.1f} images/s"
-        )
+        if state.is_world_process_zero and ("loss" if args.eval_strategy == "no" else "eval_loss") in logs:
+            latest = {name: value for entry in state.log_history for name, value in entry.items()}
+            known = {text: latest[name] for name, text in self.SHOWN.items() if name in latest}
+            line = ", ".join(f"{text} {value:.3f}" for text, value in known.items())
+            if "train_seconds" in latest:
+                line += f"; {latest['train_images'] / latest['train_seconds']:.1f} images/s"
+            tqdm.write(f"epoch {state.epoch:g} of {args.num_train_epochs:g}: {line}")
 
 
 def build_trainer(
@@ -989,7 +985,8 @@ def draw_training_curves(log_history: list[dict]) -> Figure:
         axes.set_xlabel("epoch")
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     return figure
 
 
@@ -999,26 +996,19 @@ def write_model_card(results: dict, image_folder: Path, path: Path) -> None:
     base = results["settings"]["model_name_or_path"]
     names = {"data": kvasir["name"] if kvasir else image_folder.name, "base": Path(base).name}
     shown = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
+    task, where = "image-classification", {"dataset_type": "imagefolder", "dataset_split": "test"}
+    eval_results = [
+        EvalResult(
+            task_type=task, dataset_name=names["data"], **where, metric_type=kind,
+            metric_name=name.replace("_", " "), metric_value=round(results["test"][name]["value"], 4),
+        )
+        for name, kind in shown.items()
+    ]  # fmt: skip
     card_data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        base_model=None if Path(base).exists() else base,
-        tags=["vision", "vit"],
-        metrics=list(shown.values()),
+        library_name="transformers", pipeline_tag=task, tags=["vision", "vit"], metrics=list(shown.values()),
+        base_model=None if Path(base).exists() else base, eval_results=eval_results,
         model_name=f"{names['base']} fine-tuned on {names['data']}",
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type="imagefolder",
-                dataset_name=names["data"],
-                dataset_split="test",
-                metric_type=metric_type,
-                metric_name=name.replace("_", " "),
-                metric_value=round(results["test"][name]["value"], 4),
-            )
-            for name, metric_type in shown.items()
-        ],
-    )
+    )  # fmt: skip
     if kvasir:
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
         card_data.license_link = kvasir["homepage"]

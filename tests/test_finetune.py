@@ -57,6 +57,16 @@ def test_training_learns_and_leaves_a_whole_model(tmp_path, start, capsys):
     assert len(lines) == 4 and lines[0].startswith("epoch 1 of 4: training loss ") and "macro F1" in lines[3]
 
 
+def test_without_validation_the_last_epoch_counts(tmp_path, start, capsys):
+    flags = "--eval_strategy no --load_best_model_at_end false --num_train_epochs 2".split()
+    trainer, training = start("model", *flags)
+    fine_tune(trainer, training)
+    last, saved = weights(tmp_path / "model" / "checkpoint-6"), weights(tmp_path / "model")
+    assert all(torch.equal(saved[name], last[name]) for name in saved)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2 and "validation" not in lines[0]
+
+
 def test_the_best_epoch_is_restored(tmp_path, start):
     # the highest loss is the first epoch's: so the best epoch is not the last, which is there anyway
     trainer, training = start("model", "--metric_for_best_model", "loss", "--greater_is_better", "true")

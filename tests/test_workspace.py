@@ -26,6 +26,15 @@ def test_settings_are_recorded_without_the_token(tmp_path, flags):
     assert "hf_marked_secret" not in text
 
 
+@pytest.fixture
+def begun(tmp_path, flags):
+    """The flags of a run that has a result."""
+    output_dir = open_workspace(*read_settings(flags))
+    (output_dir / "report").mkdir()
+    (output_dir / "report" / "split.csv").touch()
+    return flags
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -36,10 +45,15 @@ def test_settings_are_recorded_without_the_token(tmp_path, flags):
         (["--num_train_epochs", "6"], "num_train_epochs was 5.0, is 6.0"),
     ],
 )
-def test_other_settings_are_refused_by_name(flags, change, named):
-    open_workspace(*read_settings(flags))
+def test_other_settings_are_refused_by_name(begun, change, named):
     with pytest.raises(SystemExit, match=named):
-        open_workspace(*read_settings([*flags, *change]))
+        open_workspace(*read_settings([*begun, *change]))
+
+
+def test_settings_may_be_mended_until_there_is_a_result(tmp_path, flags):
+    for seed in ("1", "2"):
+        open_workspace(*read_settings([*flags, "--seed", seed]))
+    assert json.loads((tmp_path / "model" / "settings.json").read_text())["training"]["seed"] == 2
 
 
 @pytest.mark.parametrize(
@@ -49,15 +63,14 @@ def test_other_settings_are_refused_by_name(flags, change, named):
         ["--per_device_eval_batch_size", "8"], ["--disable_tqdm", "true"], ["--hub_model_id", "me/model"],
     ],
 )  # fmt: skip
-def test_what_does_not_decide_the_result_may_change(tmp_path, flags, change):
-    open_workspace(*read_settings(flags))
-    assert open_workspace(*read_settings([*flags, *change])) == tmp_path / "model"
+def test_what_does_not_decide_the_result_may_change(tmp_path, begun, change):
+    assert open_workspace(*read_settings([*begun, *change])) == tmp_path / "model"
 
 
 def test_a_model_of_someone_else_is_not_touched(tmp_path, flags):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"precious")
-    with pytest.raises(SystemExit, match="did not make"):
+    with pytest.raises(SystemExit, match="model.safetensors, but no settings.json"):
         open_workspace(*read_settings(flags))
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 

@@ -461,8 +461,8 @@ def load_images(folder: Path, cache_dir: Path) -> Dataset:
     """
     datasets.disable_progress_bars()  # they would call it a download
     try:
-        # One split, or a folder called test becomes a split of its own; no metadata file, or it decides what is
-        # read and how it is labelled.
+        # One split, or a folder called test becomes a split of its own; no metadata file, or it decides what
+        # is read and how it is labelled.
         one_split, no_metadata = {"train": "**"}, {"drop_metadata": True, "metadata_filenames": ["-"]}
         images = datasets.load_dataset(
             "imagefolder", data_dir=str(folder), data_files=one_split, split="train", drop_labels=False,

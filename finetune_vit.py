@@ -65,6 +65,8 @@ RUN = __name__ == "__main__"  # true in a script and in a notebook, false on imp
 NOTEBOOK = "ipykernel" in sys.modules
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 SPLITS = ("train", "validation", "test")
+METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
 COLUMNS = ("file", "split", "label", "prediction")  # of predictions.csv, before one a class
 log = logging.getLogger("finetune_vit")
 
@@ -263,6 +265,11 @@ def check_settings(settings: Settings, training: Training) -> None:
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
     if settings.split_by != "random" and not Path(settings.split_by).is_file():
         stop(f"--split_by {settings.split_by} is not a file", "give random, or a CSV file")
+    if training.resume_from_checkpoint is not None and not Path(training.resume_from_checkpoint).is_dir():
+        stop(f"--resume_from_checkpoint {training.resume_from_checkpoint} is not a folder", "leave it out")
+    metric = str(training.metric_for_best_model).removeprefix("eval_")
+    if metric not in ("None", "loss", *METRICS):
+        stop(f"unknown --metric_for_best_model {metric}", f"use one of loss, {', '.join(METRICS)}")
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         names = " ".join(sorted(missing))
         stop(f"--report_to finds no {names}", f"pip install {names}, or --report_to none")
@@ -302,8 +309,11 @@ def open_workspace(settings: Settings, training: Training) -> Path:
     if results:
         refuse_changes(read_json(path), json.loads(json.dumps(record)), output_dir)
         log.info("continuing the run in %s", output_dir)
-    else:
+        return output_dir
+    try:
         write_json(path, record)
+    except OSError as problem:
+        stop(f"cannot write into {output_dir}: {problem}", "choose another --output_dir")
     return output_dir
 
 
@@ -719,13 +729,12 @@ class Classification(evaluate.Metric):
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=labels)
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        scores = {"accuracy": metrics.accuracy_score(references, predictions)}
+        values = [metrics.accuracy_score(references, predictions)]
         for average in ("macro", "weighted"):
             options = {"average": average, "zero_division": 0}
-            values = metrics.precision_recall_fscore_support(references, predictions, **options)
-            scores |= {f"{average}_{name}": values[i] for i, name in enumerate(("precision", "recall", "f1"))}
-        scores["mcc"] = metrics.matthews_corrcoef(references, predictions)
-        return {name: float(value) for name, value in scores.items()}
+            values += metrics.precision_recall_fscore_support(references, predictions, **options)[:3]
+        values.append(metrics.matthews_corrcoef(references, predictions))
+        return dict(zip(METRICS, map(float, values), strict=True))
 
 
 def compute_metrics(outputs: EvalPrediction, metric: evaluate.Metric) -> dict[str, float]:

@@ -54,6 +54,8 @@ BAD = [
     (["--split_by", "no.csv"], "no.csv is not a file"),
     (["--save_strategy", "sometimes"], "sometimes"),
     (["--save_strategy", "no"], "save"),
+    (["--metric_for_best_model", "macro_f2"], "macro_f2; use one of loss, accuracy"),
+    (["--resume_from_checkpoint", "no/checkpoint"], "no/checkpoint is not a folder"),
     (["--bf16", "--fp16"], "fp16 and bf16"),
     (["--seed"], "seed.*expected"),
     (["nonsense"], "unknown argument nonsense"),

@@ -75,6 +75,13 @@ def test_a_model_of_someone_else_is_not_touched(tmp_path, flags):
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 
 
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, flags):
+    (tmp_path / "model").write_text("notes")
+    with pytest.raises(SystemExit, match="cannot write into"):
+        open_workspace(*read_settings(flags))
+    assert (tmp_path / "model").read_text() == "notes"
+
+
 def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
     settings, training = read_settings(flags)
     output_dir = open_workspace(settings, training)

@@ -494,7 +494,8 @@ def check_classes(images: Dataset, folder: Path) -> None:
     names = images.features["label"].names
     for file, label in zip(images["file"], images["label"], strict=True):
         if file.split("/")[0] != names[label]:
-            stop(f"{file} in {folder} is not directly in a class folder", "move it into one")
+            remedy = "give a folder with one folder a class, and a split of your own with --split_by"
+            stop(f"{file} in {folder} is not directly in a class folder", remedy)
     empty = {entry.name for entry in visible(folder) if entry.is_dir()} - set(names)
     if empty:
         stop(f"no images in {', '.join(sorted(empty))}", "fill or delete these folders")

@@ -34,7 +34,7 @@ def test_shares_are_kept_in_every_class(images, tmp_path):
 def test_split_is_the_same_everywhere_and_follows_the_seed():
     labels = np.repeat([0, 1, 2], [200, 100, 47])
     digest = hashlib.sha256(",".join(split_randomly(labels, 0.15, 0.15, 42)).encode()).hexdigest()
-    assert digest.startswith("3f8ce0f60f647bd7")
+    assert digest.startswith("c710ad234473b3ac")
     assert (split_randomly(labels, 0.15, 0.15, 1) != split_randomly(labels, 0.15, 0.15, 2)).any()
 
 
@@ -94,6 +94,18 @@ def test_split_that_cannot_teach_or_test_is_refused(images, tmp_path, chosen, me
     assert not (tmp_path / "split.csv").exists()
 
 
-def test_too_few_images_to_split():
-    with pytest.raises(SystemExit, match="cannot split 9 images"):
-        split_randomly(np.repeat([0, 1, 2], 3), 0.15, 0.15, 42)
+def test_small_classes_are_taught_and_tested():
+    labels = np.repeat([0, 1, 2], [3, 4, 1000])
+    split = split_randomly(labels, 0.15, 0.15, 42)
+    assert [sorted(split[labels == label]) for label in (0, 1)] == [
+        ["test", "train", "validation"],
+        ["test", "train", "train", "validation"],
+    ]
+    assert [int((split[labels == 2] == name).sum()) for name in SPLITS] == [700, 150, 150]
+
+
+def test_a_class_that_no_score_counts_is_named(images, tmp_path, caplog):
+    split = ["train" if file[0] == "c" else SPLITS[row % 3] for row, file in enumerate(images["file"])]
+    pd.DataFrame({"file": images["file"][:], "split": split}).to_csv(tmp_path / "my.csv", index=False)
+    split_images(images, Settings(split_by=str(tmp_path / "my.csv")), 42, tmp_path / "split.csv")
+    assert "no validation images of c" in caplog.text and "no test images of c" in caplog.text

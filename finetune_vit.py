@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -252,12 +253,15 @@ def is_url(location: str) -> bool:
 def check_settings(settings: Settings, training: Training) -> None:
     """Find, before any long work, what would fail later. Raises SystemExit."""
     sizes = settings.test_size, settings.validation_size
-    if min(sizes) <= 0 or sum(sizes) >= 1:
+    if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
         stop(f"test_size and validation_size are {sizes}", "give shares above 0 that add up to less than 1")
-    if training.num_train_epochs < 0:
-        stop(f"num_train_epochs is {training.num_train_epochs}", "give 0 or more")
-    if min(training.per_device_train_batch_size, training.per_device_eval_batch_size) < 1:
-        stop("a batch size is below 1", "give 1 or more")
+    least = {"num_train_epochs": 0, "learning_rate": 0, "seed": 0, "gradient_accumulation_steps": 1}
+    for name, value in (least | {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}).items():
+        if not getattr(training, name) >= value:
+            stop(f"{name} is {getattr(training, name)}", f"give {value} or more")
+    for name in ("dataloader_drop_last", "prediction_loss_only", "batch_eval_metrics", "label_names"):
+        if getattr(training, name):
+            stop(f"--{name} would change what is evaluated", "leave it out")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
     if settings.data_dir is None and not is_url(settings.data_url) and not Path(settings.data_url).is_file():
@@ -302,7 +306,8 @@ def open_workspace(settings: Settings, training: Training) -> Path:
     if "__file__" in globals():
         record["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     path = output_dir / "settings.json"
-    results = [name for name in ("report/split.csv", "model.safetensors") if (output_dir / name).exists()]
+    kinds = ("checkpoint-*", "report/*", "model.safetensors")
+    results = [found.name for kind in kinds for found in output_dir.glob(kind)]
     if results and not path.exists():
         stop(f"{output_dir} holds {results[-1]}, but no settings.json", "choose another --output_dir")
     if results:
@@ -406,6 +411,9 @@ def download(url: str, archive: Path) -> None:
         stop(f"cannot download {url}: {problem}", f"run again, or put the file at {archive} by other means")
 
 
+DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, tarfile.TarError)
+
+
 def unpack(archive: Path, folder: Path, origin: str) -> None:
     """Unpack a zip or tar archive into the new `folder`, with a progress bar. Raises SystemExit."""
     log.info("unpacking %s", archive)
@@ -421,7 +429,7 @@ def unpack(archive: Path, folder: Path, origin: str) -> None:
                 with tarfile.open(archive) as file:
                     file.extractall(part, bar(file), filter="data")
             (part / ".data_url").write_text(origin, encoding="utf-8")
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, tarfile.TarError) as problem:
+    except (*DAMAGE, OSError, EOFError, RuntimeError) as problem:
         stop(f"cannot unpack {archive}: {problem}", "delete it if it is damaged, or free disk space")
 
 
@@ -535,7 +543,8 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
     `pixel_values`, bytes of a uint8 array (channels, height, width), null where it could not be read.
     """
     stats = [(folder / file).stat() for file in images["file"]]
-    state = [(s.st_size, s.st_mtime_ns) for s in stats], images.to_dict(), processor.to_dict()
+    sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
+    state = str(folder), sizes, images.to_dict(), processor.to_dict()
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     path = cache_dir / f"pixels-{key}.arrow"
     found, start = path.exists(), time.perf_counter()
@@ -772,8 +781,9 @@ class EpochLog(TrainerCallback):
         state.log_history.append({"epoch": state.epoch, "train_images": images, "train_seconds": seconds})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not np.isfinite(logs.get("loss", 0.0)):
-            stop(f"the loss is {logs['loss']} at step {state.global_step}", "lower --learning_rate")
+        loss = logs.get("loss", 0.0) + logs.get("eval_loss", 0.0)
+        if not np.isfinite(loss):
+            stop(f"the loss is {loss} at step {state.global_step}", "lower --learning_rate")
         if state.is_world_process_zero and ("loss" if args.eval_strategy == "no" else "eval_loss") in logs:
             latest = {name: value for entry in state.log_history for name, value in entry.items()}
             known = {text: latest[name] for name, text in self.SHOWN.items() if name in latest}

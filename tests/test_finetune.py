@@ -128,8 +128,9 @@ def test_zero_epochs_save_the_model_as_it_is(tmp_path, start, monkeypatch):
     assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["log_history"] == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, start):
-    flags = "--learning_rate 1e30 --max_grad_norm 0 --warmup_steps 0".split()
+@pytest.mark.parametrize("logging", ["epoch", "no"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, start, logging):
+    flags = f"--learning_rate 1e30 --max_grad_norm 0 --warmup_steps 0 --logging_strategy {logging}".split()
     trainer, training = start("model", *flags)
     with pytest.raises(SystemExit, match="the loss is (nan|inf) at step .*; lower --learning_rate"):
         fine_tune(trainer, training)

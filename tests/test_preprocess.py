@@ -127,6 +127,17 @@ def test_cache_is_used_until_something_changes(tmp_path, make_images, processor,
     assert prepare(folder, processor, cache)["file"][:][-1] == "red/003.jpg" and len(calls) == 27
 
 
+def test_another_folder_with_the_same_names_sizes_and_times_is_not_mixed_up(tmp_path, processor):
+    for name, grey in (("one", 10), ("two", 200)):
+        for label in ("a", "b"):
+            path = tmp_path / name / label / "0.bmp"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (grey,) * 3).save(path)
+            os.utime(path, ns=(0, 0))
+    one, two = (prepare(tmp_path / name, processor, tmp_path / "cache") for name in ("one", "two"))
+    assert {*one["pixel_values"][0]} == {10} and {*two["pixel_values"][0]} == {200}
+
+
 def test_interrupted_preparation_leaves_no_cache(tmp_path, make_images, processor, monkeypatch):
     folder, cache = make_images(count=3), tmp_path / "cache"
 

@@ -75,6 +75,14 @@ def test_a_model_of_someone_else_is_not_touched(tmp_path, flags):
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("left", ["checkpoint-3/optimizer.pt", "report/metrics.json", "report/split.csv"])
+def test_results_without_their_settings_are_not_taken_over(tmp_path, flags, left):
+    (tmp_path / "model" / left).parent.mkdir(parents=True)
+    (tmp_path / "model" / left).touch()
+    with pytest.raises(SystemExit, match="but no settings.json"):
+        open_workspace(*read_settings(flags))
+
+
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, flags):
     (tmp_path / "model").write_text("notes")
     with pytest.raises(SystemExit, match="cannot write into"):

@@ -29,9 +29,12 @@ def metrics(run):
     return json.loads((run["model"] / "report" / "metrics.json").read_text())
 
 
-def test_sample_is_learned_in_under_two_minutes(run):
+def test_sample_is_learned(run):
     assert metrics(run)["test"]["accuracy"]["value"] >= 0.8
-    assert run["seconds"] < 120
+
+
+def test_sample_takes_under_two_minutes(run):
+    assert run["seconds"] < 120  # about 40 on two cores when nothing else runs
 
 
 def test_output_tells_the_story(run):

@@ -10,16 +10,19 @@
 
 # %%
 import argparse
+import copy
 import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tarfile
@@ -29,7 +32,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,10 +50,14 @@ import PIL.Image
 import torch
 import transformers
 import yaml
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
+from scipy.optimize import minimize_scalar
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.special import log_softmax, softmax
 from sklearn import metrics
 from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser, ViTForImageClassification, ViTImageProcessor, set_seed
@@ -91,9 +98,24 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_json(path: Path, content: dict) -> None:
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV file; file and class names stay text, even if they look like numbers or say NA."""
+    text = "file file_a file_b split label label_a label_b prediction".split()
+    return pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
     with whole(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        table.to_csv(part, index=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def show(table: pd.DataFrame) -> None:
@@ -133,8 +155,12 @@ class Settings:
     model_name_or_path: str = setting(VIT_BASE, "Pretrained ViT: name on the Hub, or folder.", "MODEL")
     test_size: float = setting(0.15, "Share of the images (0 to 1) that is kept for the test.", "SHARE")
     validation_size: float = setting(0.15, "Share of the images that chooses the best epoch.", "SHARE")
-    split_by: str = setting("random", "random (stratified), or a CSV file with columns file, split.", "HOW")
+    split_by: str = setting(
+        "near-duplicates", "near-duplicates (keeps them together), random, or a CSV file: file, split.", "HOW"
+    )
     evaluate_train: bool = setting(False, "Report the metrics on the training images as well.")
+    cross_validate: int = setting(0, "Train K more models on K folds; report mean and spread.", "K")
+    external_dir: str | None = setting(None, "Folder of class folders to test on as well.", "FOLDER")
 
 
 @dataclass
@@ -266,8 +292,13 @@ def check_settings(settings: Settings, training: Training) -> None:
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
     if settings.data_dir is None and not is_url(settings.data_url) and not Path(settings.data_url).is_file():
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
-    if settings.split_by != "random" and not Path(settings.split_by).is_file():
-        stop(f"--split_by {settings.split_by} is not a file", "give random, or a CSV file")
+    if settings.external_dir is not None and not Path(settings.external_dir).is_dir():
+        stop(f"--external_dir {settings.external_dir} is not a folder", "give one with one folder a class")
+    if settings.split_by not in ("near-duplicates", "random") and not Path(settings.split_by).is_file():
+        stop(f"--split_by {settings.split_by} is not a file", "give near-duplicates, random or a CSV file")
+    if settings.cross_validate not in (0, *range(3, 1000)):
+        remedy = "give 3 or more: each fold needs images to train, to validate and to test"
+        stop(f"--cross_validate is {settings.cross_validate}", remedy)
     if training.resume_from_checkpoint is not None and not Path(training.resume_from_checkpoint).is_dir():
         stop(f"--resume_from_checkpoint {training.resume_from_checkpoint} is not a folder", "leave it out")
     metric = str(training.metric_for_best_model).removeprefix("eval_")
@@ -290,9 +321,9 @@ if RUN:
 
 # %%
 # These may change between two runs in one folder: where things lie, how they are shown, what computes them.
-MAY_DIFFER = """accelerator auto_find bf16 data_root dataloader ddp disable do_ evaluate_train fp16 hub_
-include local_rank log output_dir per_device_eval project push report_to resume run_name save_ tf32
-torch_compile trackio use_cpu""".split()
+MAY_DIFFER = """accelerator auto_find bf16 cross_validate data_root dataloader ddp disable do_ evaluate_train
+external_dir fp16 hub_ include local_rank log output_dir per_device_eval project push report_to resume
+run_name save_ tf32 torch_compile trackio use_cpu""".split()
 
 
 def open_workspace(settings: Settings, training: Training) -> Path:
@@ -453,13 +484,9 @@ if RUN:
 # yet. Where folders are nested unevenly, labels go wrong silently: so the names must agree with the folders.
 
 # %%
-KVASIR = {  # for the model card, and to see what is missing
+KVASIR = {  # its terms and citation are in data/model_card.md
     "name": "Kvasir v2",
     "homepage": "https://datasets.simula.no/kvasir/",
-    "description": "8,000 images of the gastrointestinal tract, 1,000 in each of 8 classes, no patient IDs.",
-    "terms": "Research and education only; no commercial use without permission; citation mandatory.",
-    "citation": "Pogorelov et al., KVASIR: A Multi-Class Image Dataset for Computer Aided Gastrointestinal "
-    "Disease Detection, MMSys 2017, pp. 164-169, https://doi.org/10.1145/3083187.3083212",
     "classes": """dyed-lifted-polyps dyed-resection-margins esophagitis normal-cecum normal-pylorus
     normal-z-line polyps ulcerative-colitis""".split(),
     "images_per_class": 1000,
@@ -517,6 +544,21 @@ def check_classes(images: Dataset, folder: Path) -> None:
         log.warning("warning: Kvasir v2 has 8 classes of 1,000 images; missing here: %s", missing)
 
 
+def load_external(settings: Settings, class_names: list[str]) -> Dataset:
+    """Return the images in `external_dir` of the classes we know, our labels. Raises SystemExit if none."""
+    folder = Path(settings.external_dir).resolve()
+    images = load_images(folder, Path(settings.data_root) / "cache")
+    names = [images.features["label"].names[label] for label in images["label"]]
+    known = {name: label for label, name in enumerate(class_names)}
+    if not known.keys() & set(names):
+        stop(f"no class folder in {folder} is named like ours", f"ours are {', '.join(class_names)}")
+    if unknown := sorted(set(names) - known.keys()):
+        log.warning("left out of %s: classes that the model does not know: %s", folder, ", ".join(unknown))
+    rows = [(file, known[name]) for file, name in zip(images["file"], names, strict=True) if name in known]
+    features = Features({"file": Value("string"), "label": ClassLabel(names=class_names)})
+    return Dataset.from_dict(dict(zip(features, zip(*rows, strict=True), strict=True)), features=features)
+
+
 def count_classes(images: Dataset) -> dict[str, int]:
     counts = Counter(images["label"])
     return {name: counts[label] for label, name in enumerate(images.features["label"].names)}
@@ -526,6 +568,7 @@ if RUN:
     images = load_images(image_folder, Path(settings.data_root) / "cache")
     class_names = images.features["label"].names
     log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ", ".join(class_names))
+    external = load_external(settings, class_names) if settings.external_dir else None
 
 # %% [markdown]
 # ## 4 · Preprocess
@@ -581,18 +624,14 @@ def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | byt
 
 
 def keep_readable(pixels: Dataset) -> Dataset:
-    """Leave out, by name, what could not be read. Raises SystemExit if that leaves too small a class."""
+    """Leave out, by name, what could not be read."""
     files, errors = pixels["file"][:], np.array(pixels["error"])
     for row in np.flatnonzero(errors != ""):
         log.warning("left out, unreadable: %s (%s)", files[row], errors[row])
     for mode, count in Counter(pixels["mode"]).items():
         if mode not in ("RGB", ""):
             log.info("converted to RGB: %s of mode %s", count, mode)
-    readable = pixels.select(np.flatnonzero(errors == "")).remove_columns(["mode", "error"])
-    small = {name: count for name, count in count_classes(readable).items() if count < len(SPLITS)}
-    if small:
-        stop(f"too few readable images: {small}", "each class needs 3, one for each split")
-    return readable
+    return pixels.select(np.flatnonzero(errors == "")).remove_columns(["mode", "error"])
 
 
 if RUN:
@@ -602,51 +641,146 @@ if RUN:
 
 # %% [markdown]
 # ## 5 · Split
-# Train to learn, validation to choose the best epoch, test to be read once, at the end: images that helped to
-# choose flatter the score. The split is stratified by class and depends on file names, labels and seed alone:
-# it is the same on every machine. `split.csv` records it, and can itself be given to `--split_by`.
-
+# Train to learn, validation to choose the best epoch, test to be read once, at the end. Frames of one
+# examination can be nearly the same picture: on both sides of the line they make the score a test of memory.
+# So near-duplicates form groups, and a group stays whole. `near_duplicates.csv` and `split.csv` record them,
+# the same on every machine; `split.csv` can itself be given to `--split_by`.
 
 # %%
-def split_images(images: Dataset, settings: Settings, seed: int, path: Path) -> DatasetDict:
+NEAR = 0.04  # how far apart two frames of one scene may be, see `compare`; the README has the evidence
+
+
+def find_near_duplicates(images: Dataset, shape: tuple[int, int, int], path: Path) -> pd.DataFrame:
+    """Return the pairs of near-duplicates, recorded in the CSV file `path`, or found there.
+
+    Columns: file_a, file_b, distance (see `compare`), label_a, label_b. Near first.
+    """
+    if path.exists():
+        return read_table(path)
+    views = thumbnails(images, shape)
+    names = np.array(images.features["label"].names, dtype=object)
+    of = pd.DataFrame({"file": images["file"][:], "label": names[images["label"]]})
+    pairs = compare(views, views).join(of.add_suffix("_a"), on="a").join(of.add_suffix("_b"), on="b")
+    pairs = pairs[["file_a", "file_b", "distance", "label_a", "label_b"]]
+    write_table(path, pairs)
+    return pairs
+
+
+def thumbnails(images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the images averaged to 28 x 28 pixels, uint8 (n, 28, 28, 3)."""
+    views = np.empty((len(images), 28, 28, shape[0]), np.uint8)
+    for row, pixels in enumerate(tqdm(images["pixel_values"], desc="look for near-duplicates")):
+        view = PIL.Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape).transpose(1, 2, 0))
+        views[row] = view.resize((28, 28), PIL.Image.Resampling.BOX)
+    return views
+
+
+def compare(first: np.ndarray, second: np.ndarray) -> pd.DataFrame:
+    """Return the pairs (a in first, b in second) of thumbnails at most NEAR apart: columns a, b, distance.
+
+    The distance is 1 - the correlation of 8 x 8 colour cells, the smallest of nine shifts by up to 1/28 of
+    the picture. Its rim is left out: black borders are alike everywhere. float64 holds all these sums
+    exactly, so that their order, and with it the machine, changes nothing. A picture without texture has no
+    correlation and no pair. Where first is second, a < b. Near first.
+    """
+
+    def cells(views: np.ndarray, top: int, left: int) -> tuple[np.ndarray, np.ndarray]:
+        window = views[:, top : top + 24, left : left + 24].reshape(len(views), 8, 3, 8, 3, -1)
+        sums = window.sum((2, 4), dtype=np.float64)
+        sums = (sums - sums.mean((1, 2), keepdims=True)).reshape(len(views), -1)
+        return sums, np.sqrt((sums**2).sum(1))
+
+    (query, length), same, found = cells(first, 2, 2), first is second, []
+    shifted = [cells(second, top, left) for top, left in itertools.product((1, 2, 3), repeat=2)]
+    for start in range(0, len(query), 256):
+        rows, rest = slice(start, start + 256), slice(start * same, None)
+        with np.errstate(invalid="ignore"):
+            products = (query[rows] @ cell[rest].T / size[rest] for cell, size in shifted)
+            distance = 1 - functools.reduce(np.fmax, products) / length[rows, None]
+        a, b = np.nonzero(np.triu(distance <= NEAR, 1) if same else distance <= NEAR)
+        pairs = {"a": a + start, "b": b + start * same, "distance": distance[a, b].clip(0).round(6)}
+        found.append(pd.DataFrame(pairs))
+    return pd.concat(found).sort_values(["distance", "a", "b"], ignore_index=True)
+
+
+def group_images(files: list[str], pairs: pd.DataFrame) -> pd.Series:
+    """Return the group, int, of each of `files` (the index): whatever a chain of near-duplicates connects.
+
+    Chains can run away in large folders: a group of more than a tenth of the images, and more than 50, is
+    connected anew at smaller and smaller distances.
+    """
+    row = {file: row for row, file in enumerate(files)}
+    pairs = pairs[pairs["file_a"].isin(row) & pairs["file_b"].isin(row)]
+    a, b = (pairs[name].map(row).to_numpy(int) for name in ("file_a", "file_b"))
+    keep, distance = np.full(len(pairs), True), pairs["distance"].to_numpy()
+    for closer in (0.75, 0.5, 0.25, 0):
+        links = coo_array((keep[keep], (a[keep], b[keep])), shape=(len(files), len(files)))
+        group = connected_components(links, directed=False)[1]
+        large = np.bincount(group)[group] > max(50, len(files) / 10)
+        keep &= ~large[a] | (distance <= closer * NEAR)
+    return pd.Series(group, files)
+
+
+def split_images(
+    images: Dataset, groups: pd.Series, settings: Settings, seed: int, path: Path
+) -> DatasetDict:
     """Return the train, validation and test rows of `images`, recorded in the CSV file `path`.
 
     A split that is recorded there already is taken again. Raises SystemExit where no split is possible.
     """
     files, labels, names = images["file"][:], np.array(images["label"]), images.features["label"].names
-    if path.exists() or settings.split_by != "random":
+    sizes = 1 - settings.test_size - settings.validation_size, settings.validation_size, settings.test_size
+    total = np.bincount(labels, minlength=len(names))
+    if min(total) < len(SPLITS):
+        stop(f"too few readable images of {names[total.argmin()]}", "each class needs 3, one for each split")
+    if path.exists() or settings.split_by not in ("near-duplicates", "random"):
         split = split_by_file(files, path if path.exists() else Path(settings.split_by))
     else:
-        split = split_randomly(labels, settings.test_size, settings.validation_size, seed)
-    for name in SPLITS:
-        present = {names[label] for label in labels[split == name]}
-        absent = ", ".join(sorted(set(names) - present))
-        if absent and (name == "train" or not present):
+        split = np.array(SPLITS, dtype=object)[share_out(labels, units(groups, settings), sizes, seed)]
+    for name, size in zip(SPLITS, sizes, strict=True):
+        counts = np.bincount(labels[split == name], minlength=len(names))
+        absent = ", ".join(np.array(names)[counts == 0])
+        if absent and (name == "train" or not counts.any()):
             stop(f"no {name} images of {absent}", "change the split's sizes or CSV file")
         if absent:
             log.warning("warning: no %s images of %s: no %s score counts them", name, absent, name)
+        far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)
+        if far.any() and settings.split_by == "near-duplicates":
+            shares = ", ".join(f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far))
+            log.warning("warning: groups are too large for %.0f%% in %s: %s", 100 * size, name, shares)
     if not path.exists():
-        table = {"file": files, "label": np.array(names)[labels], "split": split, "group": range(len(files))}
-        with whole(path) as part:
-            pd.DataFrame(table)[split != ""].to_csv(part, index=False)
+        table = {"file": files, "label": np.array(names)[labels], "split": split, "group": groups.to_numpy()}
+        write_table(path, pd.DataFrame(table)[split != ""])
     return DatasetDict({name: images.select(np.flatnonzero(split == name)) for name in SPLITS})
 
 
-def split_randomly(labels: np.ndarray, test_size: float, validation_size: float, seed: int) -> np.ndarray:
-    """Return train, validation or test for each of the int labels (n,): stratified, every class in each."""
-    split = np.full(len(labels), "train", dtype=object)
-    random = np.random.RandomState(seed)  # its stream stays the same in every release of NumPy
-    for label in np.unique(labels):
-        rows = random.permutation(np.flatnonzero(labels == label))
-        test, validation = (max(1, round(size * len(rows))) for size in (test_size, validation_size))
-        split[rows[:test]], split[rows[test : test + validation]] = "test", "validation"
-    return split
+def units(groups: pd.Series, settings: Settings) -> np.ndarray:
+    """Return what a split must keep whole: the groups, or for a random split each image by itself (n,)."""
+    return np.arange(len(groups)) if settings.split_by == "random" else groups.to_numpy()
+
+
+def share_out(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """Return the part, 0 to len(shares) - 1, of each image (n,): whole groups, `shares` of every class.
+
+    Groups are dealt out by size, large ones first, in an order drawn from `seed`; each goes where it raises
+    Pearson's chi-squared against the shares least. scikit-learn's StratifiedGroupKFold has equal shares only.
+    """
+    groups = np.unique(groups, return_inverse=True)[1]
+    counts = np.zeros((groups.max() + 1, labels.max() + 1))
+    np.add.at(counts, (groups, labels), 1)
+    wanted = np.maximum(np.outer(shares, counts.sum(0)), 1)  # at least one image of each class in each part
+    held, part = np.zeros_like(wanted), np.empty(len(counts), int)
+    order = np.random.RandomState(seed).permutation(len(counts))  # the same in every release of NumPy
+    for group in order[np.argsort(-counts[order].sum(1), kind="stable")]:
+        part[group] = (counts[group] * (counts[group] + 2 * held) / wanted).sum(1).argmin()
+        held[part[group]] += counts[group]
+    return part[groups]
 
 
 def split_by_file(files: list[str], path: Path) -> np.ndarray:
     """Return what column split of the CSV file `path` says of each file, "" if nothing. Raises SystemExit."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_table(path)
         chosen = dict(zip(table["file"], table["split"], strict=True))
     except (OSError, ValueError, KeyError) as problem:
         stop(f"cannot read a split from {path}: {problem}", "give a CSV file with columns file, split")
@@ -661,15 +795,34 @@ def split_by_file(files: list[str], path: Path) -> np.ndarray:
     return np.array([chosen.get(file, "") for file in files], dtype=object)
 
 
-def show_splits(splits: DatasetDict) -> None:
+def count_pairs(pairs: pd.DataFrame, groups: pd.Series, splits: DatasetDict) -> dict[str, int]:
+    """Return how many groups and near-identical pairs there are, across two splits, with two labels."""
+    side = {file: name for name, part in splits.items() for file in part["file"]}
+    pairs = pairs[pairs["file_a"].isin(side) & pairs["file_b"].isin(side)]
+    return {
+        "groups": groups[list(side)].nunique(),
+        "near_duplicate_pairs": len(pairs),
+        "pairs_across_splits": int((pairs["file_a"].map(side) != pairs["file_b"].map(side)).sum()),
+        "conflicting_label_pairs": int((pairs["label_a"] != pairs["label_b"]).sum()),
+    }
+
+
+def show_splits(pairs: pd.DataFrame, groups: pd.Series, splits: DatasetDict) -> None:
     table = pd.DataFrame({name: count_classes(part) for name, part in splits.items()})
     show(pd.concat([table, table.sum().to_frame("total").T]))
+    counts = count_pairs(pairs, groups, splits)
+    text = "%(groups)s groups; %(near_duplicate_pairs)s near-identical pairs, %(pairs_across_splits)s of them"
+    log.info(text + " on two sides, %(conflicting_label_pairs)s with different labels", counts)
+    if counts["pairs_across_splits"]:
+        log.warning("warning: the score will be optimistic: the model learns near-copies of test images")
 
 
 if RUN:
     report = output_dir / "report"
-    splits = split_images(readable, settings, training.seed, report / "split.csv")
-    show_splits(splits)
+    pairs = find_near_duplicates(readable, pixel_shape(processor), report / "near_duplicates.csv")
+    groups = group_images(readable["file"][:], pairs)
+    splits = split_images(readable, groups, settings, training.seed, report / "split.csv")
+    show_splits(pairs, groups, splits)
 
 # %% [markdown]
 # ## 6 · Model
@@ -687,6 +840,7 @@ def load_model(
     Its head is kept if it was trained on the same classes in the same order, else drawn anew from `seed`.
     """
     id2label, config = dict(enumerate(class_names)), AutoConfig.from_pretrained(checkpoint)
+    transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
     model = ViTForImageClassification.from_pretrained(
         checkpoint,
         id2label=id2label,
@@ -731,6 +885,14 @@ if RUN:
 
 
 # %%
+def classification_scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, float]:
+    """Return METRICS of int labels (n,) and guesses (n,); a class that neither has does not count."""
+    *rows, n = metrics.precision_recall_fscore_support(labels, guesses, zero_division=0)
+    averages = [*np.mean(rows, axis=1), *np.average(rows, axis=1, weights=n)]  # macro, weighted
+    values = metrics.accuracy_score(labels, guesses), *averages, metrics.matthews_corrcoef(labels, guesses)
+    return dict(zip(METRICS, map(float, values), strict=True))
+
+
 class Classification(evaluate.Metric):
     """Scores by scikit-learn. Local, because `evaluate.load` would fetch code from the Hub and run it."""
 
@@ -738,13 +900,8 @@ class Classification(evaluate.Metric):
         labels = Features({"predictions": Value("int64"), "references": Value("int64")})
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=labels)
 
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        values = [metrics.accuracy_score(references, predictions)]
-        for average in ("macro", "weighted"):
-            options = {"average": average, "zero_division": 0}
-            values += metrics.precision_recall_fscore_support(references, predictions, **options)[:3]
-        values.append(metrics.matthews_corrcoef(references, predictions))
-        return dict(zip(METRICS, map(float, values), strict=True))
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        return classification_scores(references, predictions)
 
 
 def compute_metrics(outputs: EvalPrediction, metric: evaluate.Metric) -> dict[str, float]:
@@ -828,10 +985,39 @@ def fine_tune(trainer: Trainer, training: Training) -> None:
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
         log.info("training on %s in %s, from %s", training.device, precision, last or "the start")
         trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
+        calibrate(trainer)
     else:
         log.info("no training, as --num_train_epochs 0 says")
     trainer.save_state()
     save_model(trainer.model, trainer.processing_class, output_dir)
+
+
+def calibrate(trainer: Trainer) -> None:
+    """Divide the head by the temperature that suits the validation images: `pipeline` needs no other step.
+
+    Guo et al. 2017, arXiv 1706.04599. No prediction changes. `config.json` keeps the temperature.
+    """
+    outputs = trainer.predict(trainer.eval_dataset)
+    temperature = fit_temperature(outputs.predictions, outputs.label_ids)
+    with torch.no_grad():
+        for parameter in trainer.model.classifier.parameters():
+            parameter.div_(temperature)
+    trainer.model.config.calibration_temperature = temperature
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return what logits (n, classes) must be divided by for the least cross-entropy with labels (n,).
+
+    The labels are smoothed by 1 / (n + 2), after Platt 1999: without a single mistake it would run to 0.
+    """
+    n, classes = logits.shape
+    wanted = np.full((n, classes), 1 / (n + 2) / classes)
+    wanted[np.arange(n), labels] += 1 - 1 / (n + 2)
+
+    def loss(log_temperature: float) -> float:
+        return -(wanted * log_softmax(logits.astype(float) / np.exp(log_temperature), axis=1)).sum()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x))
 
 
 def save_model(model: ViTForImageClassification, processor: ViTImageProcessor, folder: Path) -> None:
@@ -851,9 +1037,9 @@ if RUN:
 
 # %% [markdown]
 # ## 8 · Evaluate
-# Now, and only now, the test images are read. Accuracy comes with a 95 % interval: on 1,200 images, 94 % may
-# mean 92.5 or 95.2. Specificity says how seldom a class is seen where it is not. `predictions.csv` keeps
-# every prediction, so that every number can be computed again.
+# Now, and only now, the test images are read. The 95 % intervals draw whole groups: ten frames of one polyp
+# are one finding, not ten. Specificity says how seldom a class is seen where it is not, ECE (expected
+# calibration error) how far probabilities are from the share of right answers. `predictions.csv` keeps all.
 
 
 # %%
@@ -862,57 +1048,146 @@ def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path:
 
     Splits that the CSV file `path` holds are read from it; the others are predicted and added to it.
     """
-    classes = np.array(splits["train"].features["label"].names)
-    text = dict.fromkeys(COLUMNS, str)
-    tables = [pd.read_csv(path, dtype=text, keep_default_na=False)] if path.exists() else []
+    classes = np.array(splits[names[0]].features["label"].names)
+    tables = [read_table(path)] if path.exists() else []
     done = set(tables[0]["split"]) if tables else set()
     missing = [name for name in names if name not in done]
     for name in missing:
         inputs = splits[name].select_columns(["pixel_values", "label"])
         outputs = trainer.predict(inputs, metric_key_prefix=name)
         trainer.save_metrics(name, outputs.metrics)
-        probabilities = torch.from_numpy(outputs.predictions).float().softmax(-1).numpy()
+        probabilities = softmax(outputs.predictions.astype(float), axis=1)
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
         tables.append(pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1))
     predictions = pd.concat(tables, ignore_index=True)
     if missing:
-        with whole(path) as part:
-            predictions.to_csv(part, index=False)
+        write_table(path, predictions)
     return predictions
 
 
-def score(predictions: pd.DataFrame, class_names: list[str]) -> dict[str, dict[str, float]]:
-    """Return {metric: {"value"}} of one split; accuracy also has its 95 % interval (Wilson 1927)."""
+def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels, int (n,), and the probabilities, float64 (n, classes), of a table of predictions."""
     number = {name: label for label, name in enumerate(class_names)}
-    guesses, truth = (predictions[column].map(number).to_numpy() for column in ("prediction", "label"))
-    values = Classification(keep_in_memory=True).compute(predictions=guesses, references=truth)
-    scores = {name: {"value": value} for name, value in values.items()}
-    interval = binomtest(int((guesses == truth).sum()), len(truth)).proportion_ci(method="wilson")
-    scores["accuracy"] |= {"low": float(interval.low), "high": float(interval.high)}
-    return scores
+    return predictions["label"].map(number).to_numpy(), predictions[class_names].to_numpy(float)
 
 
-def score_classes(predictions: pd.DataFrame, class_names: list[str]) -> dict[str, dict[str, float]]:
-    """Return {class: {"precision", "recall" (sensitivity), "specificity", "f1", "n"}} of one split."""
+def calculate(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Return METRICS and ece of labels (n,) and probabilities (n, classes)."""
+    guesses = probabilities.argmax(1)
+    ece = calibration_error(probabilities.max(1), guesses == labels)
+    return classification_scores(labels, guesses) | {"ece": ece}
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Return the expected calibration error, 15 bins of equal width (Guo et al. 2017), of arrays (n,)."""
+    bins = np.ceil(confidence * 15).astype(int)
+    return float(np.abs(np.bincount(bins, right - confidence)).sum() / len(right))
+
+
+def intervals(statistic: Callable[[np.ndarray], dict], groups: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return {name: {"value", "low", "high"}}: what `statistic(rows)` names, with 95 % intervals.
+
+    Percentile bootstrap over groups (Field and Welsh 2007), 1,000 draws. Where every draw is 1, or 0, it
+    would have no width: the other end is then that of Clopper and Pearson for as many groups.
+    """
+    rows, group = np.arange(len(groups)), np.unique(groups, return_inverse=True)[1]
+    n, random = group.max() + 1, np.random.RandomState(0)
+    times = (np.bincount(random.randint(n, size=n), minlength=n) for _ in range(1000))
+    ends = pd.DataFrame(statistic(np.repeat(rows, drawn[group])) for drawn in times).quantile([0.025, 0.975])
+    result = {}
+    for name, value in statistic(rows).items():
+        low, high = ends[name]
+        low, high = 0.025 ** (1 / n) if low == 1 else low, 1 - 0.025 ** (1 / n) if high == 0 else high
+        result[name] = {"value": float(value), "low": float(low), "high": float(high)}
+    return result
+
+
+def score(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) -> dict[str, dict]:
+    """Return {metric: {"value", "low", "high"}} of one split, for METRICS and ece."""
+    labels, probabilities = truth_of(predictions, class_names)
+    return intervals(lambda rows: calculate(labels[rows], probabilities[rows]), groups[predictions["file"]])
+
+
+def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) -> dict[str, dict]:
+    """Return {class: {"precision", "recall" (sensitivity), "specificity", "f1", "n"}} of one split.
+
+    Classes with images also have the 95 % interval of their recall, "recall_low" and "recall_high".
+    """
     pair = predictions["label"], predictions["prediction"]
     (tn, fp), _ = metrics.multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
     rows = metrics.precision_recall_fscore_support(*pair, labels=class_names, zero_division=0)
     table = pd.DataFrame(rows, ["precision", "recall", "f1", "n"], class_names).T.astype({"n": int})
     table.insert(2, "specificity", tn / np.maximum(tn + fp, 1))
-    return table.to_dict(orient="index")
+    result = table.to_dict(orient="index")
+    for name, part in predictions.groupby("label"):
+        right = (part["prediction"] == name).to_numpy()
+        recall = intervals(lambda rows, right=right: {"": right[rows].mean()}, groups[part["file"]])[""]
+        result[name] |= {"recall_low": recall["low"], "recall_high": recall["high"]}
+    return result
 
 
-def summarise(predictions: pd.DataFrame, splits: DatasetDict, trainer: Trainer, path: Path) -> dict:
+def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return softmax(logits / temperature), (n, classes), for probabilities that are softmax(logits)."""
+    return softmax(np.log(probabilities.clip(1e-38)) / temperature, axis=1)
+
+
+def calibration(labels: np.ndarray, probabilities: np.ndarray, temperature: float) -> dict[str, float]:
+    """Return what the temperature changed, and the accuracy on the nine tenths that are most certain."""
+    before, right = temper(probabilities, 1 / temperature), probabilities.argmax(1) == labels
+    certain = np.argsort(-probabilities.max(1), kind="stable")[: round(0.9 * len(labels))]
+    return {
+        "temperature": temperature,
+        "ece_before": calibration_error(before.max(1), right),
+        "ece_after": calibration_error(probabilities.max(1), right),
+        "accuracy_at_90_percent_coverage": float(right[certain].mean()),
+    }
+
+
+def cover_shortcuts(trainer: Trainer, test: Dataset) -> dict[str, dict[str, float]]:
+    """Return {what is painted black: {"accuracy", "macro_f1"}} of the test images: tissue or overlay?
+
+    The position inset and burnt-in text lie in the lower left corner and along the border; the lower right
+    corner is the control: it costs as much tissue and hides no overlay.
+    """
+    height, width = pixel_shape(trainer.processing_class)[1:]
+    y, x = (torch.arange(height)[:, None] + 0.5) / height, (torch.arange(width) + 0.5) / width
+    regions = {
+        "lower left corner": (y > 0.65) & (x < 0.36),
+        "lower right corner": (y > 0.65) & (x > 0.64),
+        "border, one eighth": torch.maximum((x - 0.5).abs(), (y - 0.5).abs()) > 0.375,
+    }
+    result, inputs = {}, test.select_columns(["pixel_values", "label"])
+    for name, region in regions.items():
+
+        def cover(module: torch.nn.Module, args: tuple, kwargs: dict, region: torch.Tensor = region) -> tuple:
+            black = region.to(kwargs["pixel_values"].device)
+            return args, kwargs | {"pixel_values": kwargs["pixel_values"].masked_fill(black, 0)}
+
+        with trainer.model.register_forward_pre_hook(cover, with_kwargs=True, prepend=True):
+            scores = trainer.predict(inputs).metrics
+        result[name] = {metric: scores[f"test_{metric}"] for metric in ("accuracy", "macro_f1")}
+    return result
+
+
+def summarise(
+    predictions: pd.DataFrame, pairs: pd.DataFrame, groups: pd.Series, splits: DatasetDict, trainer: Trainer,
+    path: Path,
+) -> dict:  # fmt: skip
     """Return the content of the JSON file `path` (metrics.json), found there if it covers the same splits."""
-    parts = dict(tuple(predictions.groupby("split")))
-    if parts.keys() <= (found := read_json(path)).keys():
-        return found
+    parts, results = dict(tuple(predictions.groupby("split"))), read_json(path)
+    if parts.keys() <= results.keys():
+        return results
     class_names = splits["train"].features["label"].names
     record = read_json(path.parents[1] / "settings.json")
-    results = {name: score(parts[name], class_names) for name in reversed(SPLITS) if name in parts}
-    results["per_class"] = score_classes(parts["test"], class_names)
+    results |= {name: score(parts[name], groups, class_names) for name in reversed(SPLITS) if name in parts}
+    results["per_class"] = score_classes(parts["test"], groups, class_names)
+    temperature = getattr(trainer.model.config, "calibration_temperature", 1.0)
+    results["calibration"] = calibration(*truth_of(parts["test"], class_names), temperature)
+    uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
+    results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
     results["split"] = {"by": record["settings"]["split_by"]} | splits.num_rows
+    results["split"] |= count_pairs(pairs, groups, splits)
     results["speed"] = measured_speed(trainer, splits["train"])
     results["settings"] = record["settings"] | record["training"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core CPU"
@@ -930,6 +1205,7 @@ def measured_speed(trainer: Trainer, pixels: Dataset) -> dict[str, float | None]
     return {
         "prepare_images_per_second": prepared.get("images_per_second"),
         "train_images_per_second": sum(e["train_images"] for e in epochs) / seconds if epochs else None,
+        "train_seconds": seconds if epochs else None,
         "evaluate_images_per_second": evaluated.get("test_samples_per_second"),
         "peak_memory_bytes": peak_memory(),
     }
@@ -950,39 +1226,116 @@ def show_results(results: dict) -> None:
     scores = pd.DataFrame({name: results[name] for name in SPLITS if name in results})
     show(scores.map(lambda score: round(score["value"], 3)))
     show(pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int}))
-    accuracy = results["test"]["accuracy"]
-    interval = f"95 % interval {accuracy['low']:.3f} to {accuracy['high']:.3f}"
-    log.info("test accuracy %.3f, %s, n = %s", accuracy["value"], interval, results["split"]["test"])
+    show(pd.DataFrame(results["shortcuts"]).T.round(3).rename_axis("test images, painted black:"))
+    for name in ("accuracy", "macro_f1", "mcc", "ece"):
+        interval = "{value:.3f}, 95 % interval {low:.3f} to {high:.3f}".format(**results["test"][name])
+        log.info("test %s %s, n = %s", name.replace("_", " "), interval, results["split"]["test"])
 
 
 if RUN:
     evaluated = ("validation", "test", "train") if settings.evaluate_train else ("validation", "test")
     predictions = predict(trainer, splits, evaluated, report / "predictions.csv")
-    results = summarise(predictions, splits, trainer, report / "metrics.json")
+    results = summarise(predictions, pairs, groups, splits, trainer, report / "metrics.json")
     show_results(results)
 
 # %% [markdown]
-# ## 9 · Report
-# Two pictures and the model card, which the Hub shows as the model's page. The card is made from this run's
-# own numbers and carries the terms and the citation of the data. A card that is there already, perhaps mended
-# by hand, is left alone.
+# ### Elsewhere
+# One test set of one clinic is one sample. `--cross_validate K` trains K more models, each tested on another
+# fold of the images. `--external_dir FOLDER` tests the model on images from somewhere else, without
+# near-duplicates of what it has seen.
 
 
 # %%
+def cross_validate(
+    images: Dataset, groups: pd.Series, processor: ViTImageProcessor, settings: Settings, training: Training
+) -> dict[str, Any]:
+    """Return {"folds": K, metric: {"mean", "sd"}}; report/cross_validation.csv has every image's prediction.
+
+    Fold k tests, fold k + 1 chooses epoch and temperature, the others train. Of a fold that is done only the
+    predictions are kept.
+    """
+    labels, class_names = np.array(images["label"]), images.features["label"].names
+    folds, tables, scores, output_dir = settings.cross_validate, [], [], Path(training.output_dir)
+    fold_of = share_out(labels, units(groups, settings), [1 / folds] * folds, training.seed)
+    for fold in range(folds):
+        options, folder = copy.copy(training), output_dir / f"fold-{fold + 1}-of-{folds}"
+        options.output_dir, options.push_to_hub, options.resume_from_checkpoint = str(folder), False, None
+        role = np.select([fold_of == fold, fold_of == (fold + 1) % folds], ["test", "validation"], "train")
+        splits = DatasetDict({name: images.select(np.flatnonzero(role == name)) for name in SPLITS})
+        if not (kept := folder / "predictions.csv").exists():
+            log.info("fold %s of %s", fold + 1, folds)
+            model = load_model(settings.model_name_or_path, class_names, processor, training.seed)
+            trainer = build_trainer(model, splits, processor, options)
+            fine_tune(trainer, options)
+            predict(trainer, splits, ("test",), kept)
+        for file in {*folder.iterdir()} - {kept}:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        tables.append(read_table(kept).assign(split=f"fold {fold + 1}"))
+        scores.append(calculate(*truth_of(tables[-1], class_names)))
+    write_table(output_dir / "report" / "cross_validation.csv", pd.concat(tables))
+    spread = pd.DataFrame(scores).agg(["mean", "std"]).rename({"std": "sd"}).to_dict()
+    for name in ("accuracy", "macro_f1"):
+        log.info("%s folds: %s {mean:.3f} ± {sd:.3f}".format(**spread[name]), folds, name)
+    return {"folds": folds} | spread
+
+
+def evaluate_external(
+    external: Dataset, splits: DatasetDict, trainer: Trainer, settings: Settings, report: Path
+) -> dict[str, Any]:
+    """Return the scores on images from elsewhere; external-NAME-KEY.csv in `report` has the predictions."""
+    folder, shape = Path(settings.external_dir).resolve(), pixel_shape(trainer.processing_class)
+    class_names = external.features["label"].names
+    pixels = prepare_pixels(external, folder, trainer.processing_class, Path(settings.data_root) / "cache")
+    pixels = keep_readable(pixels)
+    name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
+    seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
+    twins = compare(thumbnails(pixels, shape), seen)["a"].unique()
+    new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
+    if not len(new):
+        stop(f"{folder} has only near-duplicates of training images", "leave --external_dir out")
+    pairs = find_near_duplicates(new, shape, report / f"near_duplicates-{name}.csv")
+    groups = group_images(new["file"][:], pairs)
+    predictions = predict(trainer, DatasetDict(external=new), ("external",), report / f"external-{name}.csv")
+    scores = score(predictions, groups, class_names)
+    text = "accuracy {value:.3f}, 95 %% interval {low:.3f} to {high:.3f}".format(**scores["accuracy"])
+    log.info("%s: " + text + ", n = %s, without %s near-duplicates", folder.name, len(new), len(twins))
+    per_class = score_classes(predictions, groups, class_names)
+    per_class = {name: row for name, row in per_class.items() if row["n"]}
+    record = {"folder": folder.name, "images": len(new), "near_duplicates_left_out": len(twins)}
+    return record | scores | {"per_class": per_class}
+
+
+if RUN:
+    if settings.cross_validate:
+        results["cross_validation"] = cross_validate(readable, groups, processor, settings, training)
+    if settings.external_dir:
+        results["external"] = evaluate_external(external, splits, trainer, settings, report)
+
+# %% [markdown]
+# ## 9 · Report
+# Pictures of what the numbers say, and the model card, which the Hub shows as the model's page: data, terms,
+# split, results, calibration, shortcuts, limits, all from this run's own files. A card that you have edited
+# is left alone; `report/model_card.md` is then the new one.
+
+# %%
+BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
+
+
 def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
-    """Draw the counts of `predictions`, coloured by their share of the true class."""
+    """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class."""
     counts = metrics.confusion_matrix(predictions["label"], predictions["prediction"], labels=class_names)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = 3.5 + 0.5 * len(class_names)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    shares, few = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), len(class_names) <= 12
+    size = 3.2 + (0.7 if few else 0.36) * len(class_names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(class_names)), class_names)
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{counts.sum():,} test images")
     for row, column in np.argwhere(counts):
+        text = f"{counts[row, column]:,}" + (f"\n{shares[row, column]:.0%}" if few else "")
         colour = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=colour)
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=10 if few else 8)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return figure
 
@@ -992,26 +1345,124 @@ def draw_training_curves(log_history: list[dict]) -> Figure:
     history = pd.DataFrame(log_history).groupby("epoch").first()
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, column, label, style in (
-        (left, "loss", "training loss", "s-C1"),
-        (left, "eval_loss", "validation loss", "o-C0"),
-        (right, "eval_accuracy", "validation accuracy", "o-C0"),
-        (right, "eval_macro_f1", "validation macro F1", "^-C2"),
+    for axes, column, label, style, colour in (
+        (left, "loss", "training loss", "s-", ORANGE),
+        (left, "eval_loss", "validation loss", "o-", BLUE),
+        (right, "eval_accuracy", "validation accuracy", "o-", BLUE),
+        (right, "eval_macro_f1", "validation macro F1", "^-", ORANGE),
     ):
         if column in history:
-            values = history[column].dropna()
-            axes.plot(values.index, values, style, label=label, markersize=4)
-    for axes in (left, right):
+            history[column].dropna().plot(ax=axes, style=style, color=colour, label=label, markersize=4)
+            axes.legend()
         axes.set_xlabel("epoch")
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
     return figure
 
 
-def write_model_card(results: dict, image_folder: Path, path: Path) -> None:
-    """Write the model card, in the Hub's format, to the Markdown file `path`."""
+def draw_class_bars(per_class: dict[str, dict]) -> Figure:
+    """Draw the recall of each class that was tested, with its 95 % interval, and its precision."""
+    table = pd.DataFrame({f"{name} ({row['n']})": row for name, row in per_class.items() if row["n"]}).T[::-1]
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    reach = table["recall"] - table["recall_low"], table["recall_high"] - table["recall"]
+    axes.barh(table.index, table["recall"], color=BLUE, alpha=0.5, label="recall (sensitivity)")
+    axes.errorbar(table["recall"], table.index, xerr=reach, fmt="none", color="black", capsize=3,
+                  label="its 95 % interval")  # fmt: skip
+    axes.plot(table["precision"], table.index, "D", color=ORANGE, markersize=5, label="precision")
+    axes.set(xlim=(0, 1.02), xlabel="share; in brackets: test images of the class")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature: float) -> Figure:
+    """Draw how often the model is right by its probability, before and after the temperature, by coverage."""
+    right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, other = figure.subplots(1, 2)
+    for name, values, style, colour in (
+        ("before", temper(probabilities, 1 / temperature).max(1), "s--", ORANGE),
+        (f"after, T = {temperature:.2f}", confidence, "o-", BLUE),
+    ):
+        bins = pd.DataFrame({"x": values, "y": right}).groupby(np.ceil(values * 15)).mean()
+        label = f"{name}: ECE {calibration_error(values, right):.3f}"
+        left.plot(bins["x"], bins["y"], style, color=colour, label=label, markersize=5)
+    left.axline((0, 0), slope=1, color="grey", linewidth=1)
+    left.set(xlabel="probability of the predicted class", ylabel="share of right answers", xlim=(0, 1.02))
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9)
+    count, order = np.arange(1, len(labels) + 1), np.argsort(-confidence, kind="stable")
+    other.plot(count / len(labels), right[order].cumsum() / count, color=BLUE)
+    other.axvline(0.9, color="grey", linewidth=1, linestyle="--")
+    other.set(xlabel="share of the images answered, most certain first", ylabel="accuracy on them")
+    for axes in (left, other):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_pairs(left: np.ndarray, right: np.ndarray, captions: list[str]) -> Figure:
+    """Draw pictures, uint8 (n, height, width, 3), two and two side by side, three pairs a row."""
+    figure = Figure(figsize=(10, 2.1 * -(-len(left) // 3)), layout="constrained")
+    grid = figure.subplots(-(-len(left) // 3), 3, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, first, second, caption in zip(grid, left, right, captions, strict=False):
+        axes.imshow(np.hstack([first, np.full_like(first[:, :4], 255), second]))
+        axes.set_title(caption, fontsize=9)
+    return figure
+
+
+def draw_conflicts(pairs: pd.DataFrame, images: Dataset, shape: tuple[int, int, int]) -> Figure:
+    """Draw the nearest of `pairs`, near-duplicates with different labels."""
+    left, right = (pixels_of(pairs[name], images, shape) for name in ("file_a", "file_b"))
+    names = zip(pairs["label_a"], pairs["label_b"], pairs["distance"], strict=True)
+    return draw_pairs(left, right, [f"{a} | {b}\ndistance {distance:.3f}" for a, b, distance in names])
+
+
+def draw_examples(
+    predictions: pd.DataFrame, class_names: list[str], images: Dataset, model: ViTForImageClassification,
+    shape: tuple[int, int, int],
+) -> Figure:  # fmt: skip
+    """Draw predicted images, each beside itself with the model's attention over it: yellow is much."""
+    pixels = pixels_of(predictions["file"], images, shape)
+    maps = attention_rollout(model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
+    seen = (0.4 * pixels + 0.6 * 255 * colormaps["viridis"](maps)[..., :3]).astype(np.uint8)
+    columns = predictions["label"], predictions["prediction"], predictions[class_names].max(axis=1)
+    captions = [f"true: {true}\npredicted: {guess}, {p:.0%}" for true, guess, p in zip(*columns, strict=True)]
+    return draw_pairs(pixels, seen, captions)
+
+
+def pixels_of(files: Iterable[str], images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the prepared pixels of `files`, uint8 (n, height, width, channels)."""
+    row = {file: row for row, file in enumerate(images["file"])}
+    pixels = images.select([row[file] for file in files])["pixel_values"][:]
+    return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, *shape).transpose(0, 2, 3, 1)
+
+
+def attention_rollout(model: ViTForImageClassification, pixels: torch.Tensor) -> torch.Tensor:
+    """Return where the class token looks, float32 (n, height, width), each from 0 to 1.
+
+    Abnar and Zuidema 2020, arXiv 2005.00928: the attention of all layers multiplied, heads averaged, the
+    residual counted as half. `pixels` is uint8 (n, channels, height, width).
+    """
+    kind = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the faster ones keep no attention
+    try:
+        with torch.no_grad():
+            layers = model.eval()(pixel_values=pixels.to(model.device), output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(kind)
+    itself = torch.eye(layers[0].shape[-1], device=model.device)
+    flow = functools.reduce(lambda flow, layer: (layer.mean(1) + itself) / 2 @ flow, layers, itself)
+    side = round((flow.shape[-1] - 1) ** 0.5)
+    maps = flow[:, None, 0, 1:].reshape(-1, 1, side, side)
+    maps = torch.nn.functional.interpolate(maps, pixels.shape[-2:], mode="bilinear")[:, 0].cpu()
+    low, high = maps.flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)[..., None, None]
+    return ((maps - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # single patches can outshine all else
+
+
+def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> ModelCard:
+    """Return the model card, in the Hub's format, with the named `pictures` of `report/`."""
     kvasir = KVASIR if is_kvasir(image_folder) else None
     base = results["settings"]["model_name_or_path"]
     names = {"data": kvasir["name"] if kvasir else image_folder.name, "base": Path(base).name}
@@ -1033,27 +1484,53 @@ def write_model_card(results: dict, image_folder: Path, path: Path) -> None:
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
         card_data.license_link = kvasir["homepage"]
     template = str(HERE / "data" / "model_card.md")
-    curves = (path.parent / "report" / "training_curves.png").exists()
-    card = ModelCard.from_template(card_data, template, names=names, kvasir=kvasir, curves=curves, **results)
-    with whole(path) as part:
-        card.save(part)
+    usual = dataclasses.asdict(Settings()) | Training().to_dict()
+    flags = [f"--{key}={value}" for key, value in results["settings"].items() if value != usual[key]]
+    command = shlex.join(["python", "finetune_vit.py", *flags])
+    more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command}
+    return ModelCard.from_template(card_data, template, **more, **results)
 
 
 def write_report(
-    results: dict, predictions: pd.DataFrame, log_history: list[dict], image_folder: Path, output_dir: Path
-) -> None:
-    figures = {}
-    if not (output_dir / "README.md").exists():
-        tested = predictions[predictions["split"] == "test"]
-        figures["confusion_matrix.png"] = draw_confusion_matrix(tested, list(results["per_class"]))
-        if log_history:
-            figures["training_curves.png"] = draw_training_curves(log_history)
-        for name, figure in figures.items():
-            with whole(output_dir / "report" / name) as part:
-                figure.savefig(part, dpi=150)
-        write_model_card(results, image_folder, output_dir / "README.md")
-    log.info("model and model card: %s; numbers and pictures: %s", output_dir, output_dir / "report")
+    results: dict, predictions: pd.DataFrame, pairs: pd.DataFrame, images: Dataset, trainer: Trainer,
+    image_folder: Path,
+) -> None:  # fmt: skip
+    """Draw the pictures and write the card, unless they are there; a card that was edited is not replaced."""
+    output_dir, class_names = Path(trainer.args.output_dir), list(results["per_class"])
+    report, shape = output_dir / "report", pixel_shape(trainer.processing_class)
+    tested = predictions[predictions["split"] == "test"]
+    tested = tested.iloc[np.argsort(-tested[class_names].max(axis=1), kind="stable")]
+    right = tested["label"] == tested["prediction"]
+    if results != read_json(report / "metrics.json"):  # with what was measured elsewhere
+        write_json(report / "metrics.json", results)
+    conflicts = pairs[pairs["label_a"] != pairs["label_b"]]
+    history, temperature = trainer.state.log_history, results["calibration"]["temperature"]
+
+    def examples(rows: pd.DataFrame) -> Figure:
+        return draw_examples(rows[:12], class_names, images, trainer.model, shape)
+
+    pictures = {  # file name: (whether there is anything to draw, how)
+        "confusion_matrix.png": (True, lambda: draw_confusion_matrix(tested, class_names)),
+        "per_class.png": (True, lambda: draw_class_bars(results["per_class"])),
+        "reliability.png": (True, lambda: draw_reliability(*truth_of(tested, class_names), temperature)),
+        "training_curves.png": (history, lambda: draw_training_curves(history)),
+        "mistakes.png": (not right.all(), lambda: examples(tested[~right])),
+        "attention.png": (right.any(), lambda: examples(tested[right].groupby("label").head(1))),
+        "label_conflicts.png": (len(conflicts), lambda: draw_conflicts(conflicts[:12], images, shape)),
+    }
+    pictures = {name: draw for name, (wanted, draw) in pictures.items() if wanted}
+    card = str(make_model_card(results, list(pictures), image_folder))
+    made, shown = report / "model_card.md", output_dir / "README.md"
+    before = made.read_text(encoding="utf-8") if made.exists() else None
+    if before != card:
+        for name, draw in pictures.items():
+            with whole(report / name) as part:
+                draw().savefig(part, dpi=150)
+        if not shown.exists() or shown.read_text(encoding="utf-8") == before:
+            write_text(shown, card)
+        write_text(made, card)
+    log.info("model and model card: %s; numbers and pictures: %s", output_dir, report)
 
 
 if RUN:
-    write_report(results, predictions, trainer.state.log_history, image_folder, output_dir)
+    write_report(results, predictions, pairs, readable, trainer, image_folder)

@@ -8,17 +8,24 @@ import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from scipy.stats import beta, bootstrap
+from sklearn import metrics
+from transformers import ViTImageProcessor
 
-from finetune_vit import Classification, predict, score, score_classes, summarise
+from finetune_vit import METRICS, Classification, build_trainer, calculate, calibration, calibration_error
+from finetune_vit import cover_shortcuts, intervals, load_model, predict, read_settings, score, score_classes
+from finetune_vit import summarise, temper
 
 # true a: 3 right, 1 called b; true b: 2 right, 1 called a, 1 called c; true c: 2 right
 TRUTH = list("aaaabbbbcc")
 GUESS = list("aaabbbaccc")
-TABLE = pd.DataFrame({"label": TRUTH, "prediction": GUESS})
+TABLE = pd.DataFrame({"file": range(10), "label": TRUTH, "prediction": GUESS})
+TABLE = pd.concat([TABLE, (pd.get_dummies(TABLE["prediction"]) * 0.7 + 0.1)], axis=1)
+ALONE = pd.Series(range(10), range(10))  # every image its own group
 
 
 def test_scores_worked_out_by_hand():
-    scores = score(TABLE, ["a", "b", "c"])
+    scores = score(TABLE, ALONE, ["a", "b", "c"])
     assert scores["accuracy"]["value"] == pytest.approx(0.7)
     precision, recall = np.array([3 / 4, 2 / 3, 2 / 3]), np.array([3 / 4, 2 / 4, 2 / 2])
     f1 = 2 * precision * recall / (precision + recall)
@@ -28,28 +35,115 @@ def test_scores_worked_out_by_hand():
         assert scores[f"{average}_f1"]["value"] == pytest.approx(f1 @ weight)
     # Gorodkin 2004: (c s - sum p t) / sqrt((s^2 - sum p^2) (s^2 - sum t^2)); c 7, s 10, p 4 3 3, t 4 4 2
     assert scores["mcc"]["value"] == pytest.approx((70 - 34) / ((100 - 34) * (100 - 36)) ** 0.5)
+    assert scores["ece"]["value"] == pytest.approx(0.8 - 0.7)  # all probabilities are 0.8
+    assert list(scores) == [*METRICS, "ece"] and all(
+        set(row) == {"value", "low", "high"} for row in scores.values()
+    )
 
 
-def test_interval_is_wilsons():
-    z, n, p = 1.959964, 10, 0.7
-    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    accuracy = score(TABLE, ["a", "b", "c"])["accuracy"]
-    assert accuracy["low"] == pytest.approx((centre - half) / (1 + z**2 / n), abs=1e-6)
-    assert accuracy["high"] == pytest.approx((centre + half) / (1 + z**2 / n), abs=1e-6)
+def test_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 5, 300), rng.dirichlet(np.ones(6), 300)  # one class never occurs
+    values, guesses = calculate(labels, probabilities), probabilities.argmax(1)
+    assert values["macro_f1"] == pytest.approx(metrics.f1_score(labels, guesses, average="macro"))
+    weighted = metrics.precision_score(labels, guesses, average="weighted", zero_division=0)
+    assert values["weighted_precision"] == pytest.approx(weighted)
+    assert values["mcc"] == pytest.approx(metrics.matthews_corrcoef(labels, guesses))
+
+
+def test_calibration_error_worked_out_by_hand():
+    # two bins of fifteenths: (0.6, 0.667]: 3 images at 0.65, 1 right; (0.933, 1]: 2 at 0.95 and 1, 1 right
+    confidence, right = np.array([0.65, 0.65, 0.65, 0.95, 1.0]), np.array([1, 0, 0, 1, 0], bool)
+    assert calibration_error(confidence, right) == pytest.approx(
+        3 / 5 * (0.65 - 1 / 3) + 2 / 5 * (0.975 - 1 / 2)
+    )
+
+
+def test_calibration_error_against_another_implementation():
+    """The mean over bins that Guo et al. write, bin by bin."""
+    rng = np.random.default_rng(1)
+    confidence = rng.uniform(0.2, 1, 1000)
+    right = rng.random(1000) < confidence**2
+    expected = 0
+    for low, high in zip(np.linspace(0, 1, 16)[:-1], np.linspace(0, 1, 16)[1:], strict=True):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert calibration_error(confidence, right) == pytest.approx(expected)
+
+
+def test_intervals_are_scipys_bootstrap_where_every_image_is_a_group():
+    right = np.random.default_rng(2).random(400) < 0.9
+    ours = intervals(lambda rows: {"accuracy": right[rows].mean()}, np.arange(400))["accuracy"]
+    theirs = bootstrap((right,), np.mean, method="percentile", n_resamples=20_000, rng=0).confidence_interval
+    assert ours["value"] == right.mean()
+    assert ours["low"] == pytest.approx(theirs.low, abs=0.005)
+    assert ours["high"] == pytest.approx(theirs.high, abs=0.005)
+
+
+def test_groups_widen_the_interval_as_theory_says():
+    """Ten equal frames a group are one observation: sqrt(10) times the width of 1,000 separate images."""
+    right = np.repeat(np.random.default_rng(3).random(100) < 0.8, 10)
+    width = {}
+    for name, groups in (("images", np.arange(1000)), ("groups", np.repeat(np.arange(100), 10))):
+        ends = intervals(lambda rows: {"accuracy": right[rows].mean()}, groups)["accuracy"]
+        width[name] = ends["high"] - ends["low"]
+    assert width["groups"] / width["images"] == pytest.approx(10**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("groups", [5, 30])
+def test_a_perfect_score_is_not_certain(groups):
+    ends = intervals(lambda rows: {"all": 1.0, "none": 0.0}, np.arange(90) % groups)
+    assert ends["all"] == {"value": 1, "low": pytest.approx(beta.ppf(0.025, groups, 1)), "high": 1}
+    assert ends["none"] == {"value": 0, "low": 0, "high": pytest.approx(beta.ppf(0.975, 1, groups))}
+
+
+def test_intervals_are_the_same_at_every_run():
+    assert score(TABLE, ALONE, ["a", "b", "c"]) == score(TABLE, ALONE, ["a", "b", "c"])
 
 
 def test_classes_worked_out_by_hand():
-    classes = score_classes(TABLE, ["a", "b", "c", "never"])
-    assert classes["a"] == pytest.approx(
-        {"precision": 3 / 4, "recall": 3 / 4, "specificity": 5 / 6, "f1": 3 / 4, "n": 4}
+    classes = score_classes(TABLE, ALONE, ["a", "b", "c", "never"])
+    ends = {"recall_low": pytest.approx(0.25, abs=0.01), "recall_high": 1}
+    assert (
+        classes["a"]
+        == {"precision": 3 / 4, "recall": 3 / 4, "specificity": 5 / 6, "f1": 3 / 4, "n": 4} | ends
     )
     assert classes["b"]["specificity"] == pytest.approx(5 / 6)
-    assert classes["c"] == pytest.approx(
-        {"precision": 2 / 3, "recall": 1.0, "specificity": 7 / 8, "f1": 4 / 5, "n": 2}
-    )
+    ends = {"recall_low": pytest.approx(beta.ppf(0.025, 2, 1)), "recall_high": 1}
+    row = {
+        "precision": pytest.approx(2 / 3),
+        "recall": 1.0,
+        "specificity": 7 / 8,
+        "f1": pytest.approx(4 / 5),
+        "n": 2,
+    }
+    assert classes["c"] == row | ends
     assert classes["never"] == {"precision": 0, "recall": 0, "specificity": 1, "f1": 0, "n": 0}
-    assert list(classes["a"]) == ["precision", "recall", "specificity", "f1", "n"]
+    assert list(classes["a"])[:5] == ["precision", "recall", "specificity", "f1", "n"]
     assert type(classes["a"]["n"]) is int
+
+
+def test_temperature_is_taken_off_and_put_on_again():
+    logits = np.random.default_rng(0).normal(0, 4, (50, 3))
+    softmax = torch.tensor(logits).softmax(-1).numpy()
+    cooler = torch.tensor(logits / 2.5).softmax(-1).numpy()
+    assert np.allclose(temper(softmax, 2.5), cooler) and np.allclose(temper(cooler, 1 / 2.5), softmax)
+
+
+def test_calibration_before_and_after_and_coverage():
+    """Twice as sure as it should be: after the temperature 2 the error is gone; the certain are right."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (5000, 3))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    after = torch.tensor(logits).softmax(-1).numpy()
+    result = calibration(labels, after, 2.0)
+    before = torch.tensor(logits * 2).softmax(-1).numpy()
+    assert result["temperature"] == 2 and result["ece_after"] < 0.02 < 0.08 < result["ece_before"]
+    assert result["ece_before"] == pytest.approx(calibration_error(before.max(1), before.argmax(1) == labels))
+    certain = np.argsort(after.max(1))[500:]
+    expected = (after.argmax(1) == labels)[certain].mean()
+    assert result["accuracy_at_90_percent_coverage"] == pytest.approx(expected)
 
 
 def test_metric_needs_no_network_and_no_files(monkeypatch, tmp_path):
@@ -101,22 +195,80 @@ def test_each_split_is_predicted_once(tmp_path, splits):
     assert probabilities[0, 0] == pytest.approx(np.exp(3) / (np.exp(3) + 2), rel=1e-6)
 
 
-def test_metrics_json_has_the_documented_shape(tmp_path, splits):
-    settings = {"settings": {"split_by": "random"}, "training": {"seed": 42}}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    splits["train"] = splits["train"].map(lambda row: row, cache_file_name=str(tmp_path / "pixels.arrow"))
+@pytest.fixture
+def measured(tmp_path, tiny_vit):
+    """A trainer with an untrained model, splits of 12 black images with one grey corner, and their groups."""
+    pixels = np.zeros((12, 3, 32, 32), np.uint8)
+    for row in range(12):  # the class is where the corner is
+        y, x = [(0, 0), (28, 0), (28, 28)][row % 3]
+        pixels[row, :, y : y + 4, x : x + 4] = 200 + row
+    types = {
+        "file": Value("string"),
+        "label": ClassLabel(names=["a", "b", "c"]),
+        "pixel_values": Value("binary"),
+    }
+    files = [f"x/{row}.jpg" for row in range(12)]
+    rows = {"file": files, "label": [0, 1, 2] * 4, "pixel_values": [picture.tobytes() for picture in pixels]}
+    part = Dataset.from_dict(rows, features=Features(types))
+    splits = DatasetDict(train=part, validation=part, test=part)
+    splits["train"] = part.map(lambda row: row, cache_file_name=str(tmp_path / "pixels.arrow"))
+    processor = ViTImageProcessor.from_pretrained(tiny_vit)
+    flags = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "model"), "--report_to", "none"]
+    settings, training = read_settings([*flags, "--bf16", "false"])
+    model = load_model(str(tiny_vit), ["a", "b", "c"], processor, 0)
+    return build_trainer(model, splits, processor, training), splits, pd.Series(np.arange(12) // 2, files)
+
+
+def test_shortcuts_are_painted_black_and_nothing_else(measured):
+    trainer, splits, _ = measured
+    seen = []
+    hook = trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].clone()), with_kwargs=True
+    )
+    handles = len(trainer.model._forward_pre_hooks)
+    table = cover_shortcuts(trainer, splits["test"])
+    hook.remove()
+    assert list(table) == ["lower left corner", "lower right corner", "border, one eighth"]
+    assert len(trainer.model._forward_pre_hooks) == handles - 1  # what was hooked in is gone again
+    black = -trainer.model.pixel_mean / trainer.model.pixel_std
+    left, right, border = ((part != black).any(1) for part in seen)
+    whole = torch.zeros(12, 32, 32, dtype=bool)
+    for row, (y, x) in enumerate([(0, 0), (28, 0), (28, 28)] * 4):
+        whole[row, y : y + 4, x : x + 4] = True
+    assert not border.any()
+    assert left.any((1, 2)).tolist() == [True, False, True] * 4
+    assert right.any((1, 2)).tolist() == [True, True, False] * 4
+    assert torch.equal(left[::3], whole[::3]) and torch.equal(right[1::3], whole[1::3])
+    assert torch.equal(left[2::3], whole[2::3]) and torch.equal(right[::3], whole[::3])
+    for scores in table.values():
+        assert set(scores) == {"accuracy", "macro_f1"} and 0 <= scores["accuracy"] <= 1
+
+
+def test_metrics_json_has_the_documented_shape(tmp_path, measured):
+    trainer, splits, groups = measured
+    folder = tmp_path / "model"
+    record = {"settings": {"split_by": "random"}, "training": {"seed": 42}}
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(record))
     (tmp_path / "pixels.json").write_text('{"images_per_second": 240.0}')
-    (tmp_path / "all_results.json").write_text('{"test_samples_per_second": 55.0}')
-    path, trainer = tmp_path / "report" / "metrics.json", Stand(tmp_path)
-    predictions = predict(trainer, splits, ("validation", "test"), tmp_path / "report" / "predictions.csv")
-    results = summarise(predictions, splits, trainer, path)
+    trainer.state.log_history = [{"train_images": 30, "train_seconds": 2.0}] * 2
+    pairs = pd.DataFrame({"file_a": ["x/0.jpg"], "file_b": ["x/1.jpg"], "label_a": ["a"], "label_b": ["b"]})
+    path = folder / "report" / "metrics.json"
+    predictions = predict(trainer, splits, ("validation", "test"), folder / "report" / "predictions.csv")
+    results = summarise(predictions, pairs, groups, splits, trainer, path)
     assert json.loads(path.read_text()) == results
-    assert results["test"]["accuracy"]["value"] == pytest.approx(4 / 6)
-    assert set(results["per_class"]) == {"a", "001", "NA"} and "train" not in results
-    assert results["split"] == {"by": "random", "train": 6, "validation": 6, "test": 6}
+    right = (predictions["label"] == predictions["prediction"])[predictions["split"] == "test"]
+    assert results["test"]["accuracy"]["value"] == pytest.approx(right.mean())
+    assert set(results["test"]["ece"]) == {"value", "low", "high"}
+    assert set(results["per_class"]) == {"a", "b", "c"} and "train" not in results
+    assert results["split"] == {
+        "by": "random", "train": 12, "validation": 12, "test": 12, "groups": 6, "near_duplicate_pairs": 1,
+        "pairs_across_splits": 0, "conflicting_label_pairs": 1,
+    }  # fmt: skip
+    assert results["calibration"]["temperature"] == 1 and len(results["shortcuts"]) == 4
     speed = results["speed"]
     assert speed["train_images_per_second"] == 15 and speed["prepare_images_per_second"] == 240
-    assert speed["evaluate_images_per_second"] == 55 and speed["peak_memory_bytes"] > 1e8
+    assert speed["evaluate_images_per_second"] > 0 and speed["peak_memory_bytes"] > 1e8
     assert results["settings"]["seed"] == 42 and "torch" in results["versions"]
     path.write_text(json.dumps(results | {"mark": "found again"}))
-    assert summarise(predictions, splits, trainer, path)["mark"] == "found again"
+    assert summarise(predictions, pairs, groups, splits, trainer, path)["mark"] == "found again"

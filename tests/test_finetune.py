@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import TrainerCallback, ViTForImageClassification, ViTImageProcessor
@@ -10,6 +12,7 @@ import finetune_vit
 from finetune_vit import (
     build_trainer,
     fine_tune,
+    fit_temperature,
     keep_readable,
     load_images,
     load_model,
@@ -31,7 +34,8 @@ def start(tmp_path, make_images, tiny_vit):
             "--data_dir", str(folder), "--output_dir", str(tmp_path / name), "--learning_rate", "5e-3",
             "--num_train_epochs", "4", "--bf16", "false", "--report_to", "none", *flags,
         ])  # fmt: skip
-        splits = split_images(images, settings, training.seed, tmp_path / name / "split.csv")
+        groups = pd.Series(range(len(images)), images["file"][:])
+        splits = split_images(images, groups, settings, training.seed, tmp_path / name / "split.csv")
         model = load_model(str(tiny_vit), ["blue", "green", "red"], processor, training.seed)
         return build_trainer(model, splits, processor, training), training
 
@@ -40,6 +44,15 @@ def start(tmp_path, make_images, tiny_vit):
 
 def weights(folder):
     return ViTForImageClassification.from_pretrained(folder).state_dict()
+
+
+def uncalibrated(folder):
+    """The weights before the head was divided by the temperature."""
+    model = ViTForImageClassification.from_pretrained(folder)
+    head = [name for name in model.state_dict() if name.startswith("classifier.")]
+    assert len(head) == 2
+    factor = dict.fromkeys(head, model.config.calibration_temperature)
+    return {name: value * factor.get(name, 1.0) for name, value in model.state_dict().items()}
 
 
 def test_training_learns_and_leaves_a_whole_model(tmp_path, start, capsys):
@@ -61,8 +74,8 @@ def test_without_validation_the_last_epoch_counts(tmp_path, start, capsys):
     flags = "--eval_strategy no --load_best_model_at_end false --num_train_epochs 2".split()
     trainer, training = start("model", *flags)
     fine_tune(trainer, training)
-    last, saved = weights(tmp_path / "model" / "checkpoint-6"), weights(tmp_path / "model")
-    assert all(torch.equal(saved[name], last[name]) for name in saved)
+    last, saved = weights(tmp_path / "model" / "checkpoint-6"), uncalibrated(tmp_path / "model")
+    assert all(torch.allclose(saved[name], last[name], rtol=1e-6) for name in saved)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2 and "validation" not in lines[0]
 
@@ -72,12 +85,41 @@ def test_the_best_epoch_is_restored(tmp_path, start):
     trainer, training = start("model", "--metric_for_best_model", "loss", "--greater_is_better", "true")
     fine_tune(trainer, training)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
-    folders = ("checkpoint-12", "checkpoint-3", ".")
-    last, best, saved = (weights(tmp_path / "model" / name) for name in folders)
+    last, best = (weights(tmp_path / "model" / name) for name in ("checkpoint-12", "checkpoint-3"))
+    saved, whole = uncalibrated(tmp_path / "model"), weights(tmp_path / "model")
     for name, value in trainer.model.state_dict().items():
-        assert torch.equal(saved[name], best[name]) and torch.equal(value.cpu(), best[name])
+        assert torch.allclose(saved[name], best[name], rtol=1e-6) and torch.equal(value.cpu(), whole[name])
         assert not torch.equal(best[name], last[name])
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
+def log_loss(logits, labels):
+    return torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
+
+
+def test_the_head_is_calibrated_on_the_validation_images(tmp_path, start):
+    trainer, training = start("model", "--metric_for_best_model", "loss", "--greater_is_better", "true")
+    fine_tune(trainer, training)
+    outputs = trainer.predict(trainer.eval_dataset)
+    temperature = json.loads((tmp_path / "model" / "config.json").read_text())["calibration_temperature"]
+    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    after = log_loss(outputs.predictions, outputs.label_ids)
+    assert after < before and temperature != pytest.approx(1, abs=0.01)
+    assert log_loss(outputs.predictions * temperature, outputs.label_ids) == pytest.approx(before, rel=1e-4)
+    # what it was fitted on has nothing left to gain: the temperature of the calibrated logits is 1
+    assert fit_temperature(outputs.predictions, outputs.label_ids) == pytest.approx(1, abs=0.01)
+
+
+def test_temperature_of_logits_that_are_too_sure_by_a_known_factor():
+    """Labels drawn from softmax(logits): the same logits times 3 need the temperature 3."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (20_000, 4))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    for factor in (0.5, 1, 3):
+        assert fit_temperature(logits * factor, labels) == pytest.approx(factor, rel=0.03)
+
+
+def test_temperature_without_a_mistake_stays_finite():
+    assert 0.05 < fit_temperature(np.eye(3)[[0, 1, 2] * 5] * 4, np.array([0, 1, 2] * 5)) < 1.5
 
 
 class StopAt(TrainerCallback):

@@ -71,20 +71,11 @@ def test_pixels_reach_the_model_as_the_processor_makes_them(tmp_path, kinds, num
 
 def test_other_kinds_of_image_are_converted_and_counted(tmp_path, kinds, processor, caplog):
     with caplog.at_level(logging.INFO, "finetune_vit"):
-        readable = keep_readable(prepare_pixels_of(kinds, processor, tmp_path / "cache", minimum=3))
-    assert len(readable) == 8 + 3 * 3
+        readable = keep_readable(prepare(kinds, processor, tmp_path / "cache"))
+    assert len(readable) == len([path for path in kinds.rglob("*") if path.is_file()]) >= 8
     for mode in ("L", "CMYK", "P", "RGBA", "1"):
         assert f"converted to RGB: 1 of mode {mode}" in caplog.text
     assert "left out" not in caplog.text
-
-
-def prepare_pixels_of(folder, processor, cache, minimum):
-    """Prepare a folder whose classes have at least `minimum` images."""
-    rng = np.random.default_rng(2)
-    for label in folder.iterdir():
-        for i in range(1, minimum):
-            draw((0, 0, 0), rng).save(label / f"more-{i}.png")
-    return prepare(folder, processor, cache)
 
 
 def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, processor, caplog):
@@ -99,13 +90,6 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, processo
     assert len(pixels) == 15 and not set(pixels["file"]) & {f"red/{name}" for name in bad}
     assert sorted(message.split()[3] for message in caplog.messages) == sorted(f"red/{name}" for name in bad)
     assert None not in pixels["pixel_values"][:]
-
-
-def test_a_class_without_enough_readable_images_is_an_error(tmp_path, make_images, processor):
-    folder = make_images(count=3)
-    (folder / "red" / "001.jpg").write_bytes(b"hello")
-    with pytest.raises(SystemExit, match="'red': 2"):
-        keep_readable(prepare(folder, processor, tmp_path / "cache"))
 
 
 def test_cache_is_used_until_something_changes(tmp_path, make_images, processor, monkeypatch):

@@ -1,36 +1,31 @@
-"""Step 9: pictures that show what they should, and a card that the Hub understands."""
+"""Step 9: pictures that show what they should, and a card that the Hub understands and the run supports."""
+
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import ViTForImageClassification, ViTImageProcessor
 
-from finetune_vit import KVASIR, draw_confusion_matrix, draw_training_curves, write_report
+from finetune_vit import (
+    METRICS,
+    attention_rollout,
+    draw_class_bars,
+    draw_confusion_matrix,
+    draw_conflicts,
+    draw_examples,
+    draw_reliability,
+    draw_training_curves,
+    read_settings,
+    write_report,
+)
 
 NAMES = ["dyed-lifted-polyps", "esophagitis", "polyps"]
-
-
-@pytest.fixture
-def results():
-    row = {"precision": 0.9, "recall": 0.8, "specificity": 0.95, "f1": 0.85, "n": 10}
-    scores = [f"{a}_{m}" for a in ("macro", "weighted") for m in ("precision", "recall", "f1")]
-    part = {name: {"value": 0.8765} for name in [*scores, "mcc"]}
-    part["accuracy"] = {"value": 0.9123, "low": 0.88, "high": 0.94}
-    settings = dict.fromkeys(
-        "num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate warmup_steps "
-        "lr_scheduler_type weight_decay optim metric_for_best_model bf16 fp16 seed test_size "
-        "validation_size".split(), 1
-    )  # fmt: skip
-    settings |= {"model_name_or_path": "google/vit-base-patch16-224-in21k", "split_by": "random"}
-    return {
-        "test": part, "validation": part, "per_class": dict.fromkeys(NAMES, row),
-        "split": {"by": "random", "train": 140, "validation": 30, "test": 30}, "speed": {},
-        "settings": settings, "versions": {"torch": "2.13.0", "device": "a test"},
-    }  # fmt: skip
-
-
-PREDICTIONS = pd.DataFrame({"split": "test", "label": NAMES * 10, "prediction": NAMES * 9 + NAMES[::-1]})
 HISTORY = [
     entry
     for epoch in (1.0, 2.0, 3.0)
@@ -39,71 +34,318 @@ HISTORY = [
         {"epoch": epoch, "eval_loss": 1.1 / epoch, "eval_accuracy": 1 - 0.3 / epoch, "eval_macro_f1": 0.7},
     )
 ]
+SHAPE = (3, 32, 32)
+
+
+def predict_by_chance(names, n=60, right=0.7):
+    """A table of test predictions, each class about as often, `right` of them right."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(len(names)), n)
+    guesses = probabilities.argmax(1)
+    labels = np.where(rng.random(n) < right, guesses, rng.integers(0, len(names), n))
+    table = {"file": [f"x/{row}.jpg" for row in range(n)], "split": "test"}
+    table |= {"label": np.array(names)[labels], "prediction": np.array(names)[guesses]}
+    return pd.concat([pd.DataFrame(table), pd.DataFrame(probabilities, columns=names)], axis=1)
+
+
+def pictures(n=60):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, *SHAPE), dtype=np.uint8)
+    files = [f"x/{row}.jpg" for row in range(n)]
+    return Dataset.from_dict(
+        {"file": files, "pixel_values": [picture.tobytes() for picture in pixels]}
+    ), pixels
+
+
+@pytest.fixture
+def results(tmp_path):
+    score = {"value": 0.8765, "low": 0.8123, "high": 0.9321}
+    row = {"precision": 0.9, "recall": 0.8, "recall_low": 0.7, "recall_high": 0.85, "specificity": 0.95,
+           "f1": 0.85, "n": 10}  # fmt: skip
+    part = dict.fromkeys([*METRICS, "ece"], score) | {
+        "accuracy": {"value": 0.9123, "low": 0.88, "high": 0.94}
+    }
+    settings, training = read_settings(["--output_dir", str(tmp_path), "--learning_rate", "3e-5"])
+    split = {"by": "near-duplicates", "train": 140, "validation": 30, "test": 30, "groups": 150}
+    split |= {"near_duplicate_pairs": 60, "pairs_across_splits": 0, "conflicting_label_pairs": 7}
+    calibration = {"temperature": 1.234, "ece_before": 0.0987, "ece_after": 0.0456}
+    return {
+        "test": part, "validation": part, "per_class": dict.fromkeys(NAMES, row), "split": split,
+        "calibration": calibration | {"accuracy_at_90_percent_coverage": 0.9777},
+        "shortcuts": {"nothing": {"accuracy": 0.9123, "macro_f1": 0.87}},
+        "speed": {"train_images_per_second": 12.34, "train_seconds": 567.0, "evaluate_images_per_second": 89},
+        "settings": vars(settings) | training.to_dict(),
+        "versions": {"torch": "2.13.0", "device": "a test machine"},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def report(tmp_path, tiny_vit, results):
+    """Return a function that writes the report into tmp_path and returns the card."""
+    model = ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        processing_class=ViTImageProcessor.from_pretrained(tiny_vit),
+        model=FloatModel(model), state=SimpleNamespace(log_history=HISTORY),
+    )  # fmt: skip
+    conflict = {
+        "file_a": ["x/1.jpg"],
+        "file_b": ["x/2.jpg"],
+        "distance": [0.01],
+        "label_a": ["a"],
+        "label_b": ["b"],
+    }
+
+    def write(results=results, folder="my-images", predictions=None, history=HISTORY, pairs=conflict):
+        trainer.state.log_history = history
+        predictions = predict_by_chance(NAMES) if predictions is None else predictions
+        write_report(results, predictions, pd.DataFrame(pairs), pictures()[0], trainer, tmp_path / folder)
+        return ModelCard.load(tmp_path / "README.md")
+
+    return write
+
+
+def FloatModel(model):
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"pixel_values": kwargs["pixel_values"] / 255.0}),
+        with_kwargs=True,
+    )
+    return model
 
 
 @pytest.mark.parametrize("folder, kvasir", [("kvasir-dataset-v2", True), ("my-images", False)])
-def test_card_is_complete_and_carries_the_terms(tmp_path, results, folder, kvasir):
-    write_report(results, PREDICTIONS, HISTORY, tmp_path / folder, tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
+def test_card_is_complete_and_carries_the_terms(tmp_path, report, folder, kvasir):
+    card = report(folder=folder)
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
     assert card.data.base_model == "google/vit-base-patch16-224-in21k"
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values == {"accuracy": 0.9123, "f1": 0.8765, "matthews_correlation": 0.8765}
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
     assert (card.data.license == "other") is kvasir
-    assert (KVASIR["terms"] in card.text) is kvasir and ("Pogorelov" in card.text) is kvasir
-    assert "Not a medical device" in card.text and "0.880 to 0.940" in card.text
-    assert "| esophagitis | 0.900 | 0.800 | 0.950 | 0.850 | 10 |" in card.text
-    assert "{{" not in card.text and "None" not in card.text
-    for line in card.text.split("](report/")[1:]:
-        assert (tmp_path / "report" / line.split(")")[0]).exists()
+    assert ("no commercial use" in card.text) is kvasir and ("Pogorelov" in card.text) is kvasir
+    for part in (
+        "Not a medical device", "0.912 (0.880 to 0.940)", "150 groups of 200 images", "10 %, its accuracy on",
+        "divided by the temperature 1.234", "| expected calibration error (15 bins) | 0.099 | 0.046 |",
+        "| nothing | 0.912 | 0.870 |", "12.3 training images/s", "567 s of training", "a test machine",
+        "Of 60 near-identical pairs, 0 are on two sides", "7 carry two different labels",
+        "| esophagitis | 0.900 | 0.800 (0.700 to 0.850) | 0.950 | 0.850 | 10 |", "others is 0.978",
+        "not tested on images from elsewhere",
+        f"python finetune_vit.py --output_dir={tmp_path} --learning_rate=3e-05",
+    ):  # fmt: skip
+        assert part in card.text, part
+    assert "{" not in card.text.split("```bash")[0] and "None" not in card.text
+    shown = re.findall(r"]\(report/(.+?)\)", card.text)
+    assert (
+        sorted(shown) == sorted(path.name for path in (tmp_path / "report").glob("*.png")) and len(shown) == 7
+    )
 
 
-def test_card_that_is_there_is_left_alone(tmp_path, results):
-    (tmp_path / "README.md").write_text("mended by hand")
-    write_report(results, PREDICTIONS, HISTORY, tmp_path, tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mended by hand"
+def test_card_says_when_a_random_split_flatters(report, results):
+    results["split"] |= {"by": "random", "pairs_across_splits": 29}
+    text = report().text
+    assert "The results are optimistic" in text and "29 are on two sides of the split" in text
+    assert "a group is never divided" not in text
 
 
-def test_no_curves_without_training(tmp_path, results):
-    write_report(results, PREDICTIONS, [], tmp_path, tmp_path)
-    assert not (tmp_path / "report" / "training_curves.png").exists()
-    text = (tmp_path / "README.md").read_text()
-    assert "training_curves" not in text and "--num_train_epochs 0" in text
+def test_card_of_a_given_split_that_divides_pairs(report, results):
+    results["split"] |= {"by": "my.csv", "pairs_across_splits": 29}
+    text = " ".join(report().text.split())
+    assert "29 are on two sides of the split, which flatters the results" in text
 
 
-def texts(figure):
+def test_card_tells_what_was_measured_elsewhere(report, results):
+    scores = {
+        "accuracy": {"value": 0.7, "low": 0.6, "high": 0.8},
+        "macro_f1": {"value": 0.5, "low": 0.4, "high": 0.6},
+    }
+    results["external"] = {"folder": "other-clinic", "images": 90, "near_duplicates_left_out": 10,
+                           "per_class": {"polyps": {}}} | scores  # fmt: skip
+    results["cross_validation"] = {"folds": 5, "accuracy": {"mean": 0.9, "sd": 0.02},
+                                   "macro_f1": {"mean": 0.85, "sd": 0.03}}  # fmt: skip
+    text = " ".join(report().text.split())
+    row = "| `other-clinic` (polyps) | 90 | 10 | 0.700 (0.600 to 0.800) | 0.500 (0.400 to 0.600) |"
+    assert row in text and "not tested on images from elsewhere" not in text
+    assert "5 more models" in text and "accuracy 0.900 ± 0.020, macro F1 0.850 ± 0.030" in text
+
+
+def test_an_edited_card_is_left_alone_and_an_untouched_one_follows_the_results(tmp_path, report, results):
+    card = tmp_path / "README.md"
+    report()
+    results["split"]["conflicting_label_pairs"] = 8
+    assert "8 carry two different labels" in report().text
+    card.write_text(card.read_text() + "mended by hand")
+    results["split"]["conflicting_label_pairs"] = 9
+    assert report().text.endswith("mended by hand")
+    assert "9 carry two" in (tmp_path / "report" / "model_card.md").read_text()
+
+
+def test_nothing_is_drawn_twice(tmp_path, report):
+    report()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "report").iterdir()}
+    report()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_a_card_of_the_users_own_is_never_replaced(tmp_path, report):
+    (tmp_path / "README.md").write_text("my own")
+    assert report().text == "my own"
+
+
+def test_no_picture_without_something_to_show(tmp_path, report):
+    card = report(
+        predictions=predict_by_chance(NAMES, right=1), history=[], pairs={"label_a": [], "label_b": []}
+    )
+    names = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert names == {"attention.png", "confusion_matrix.png", "per_class.png", "reliability.png"}
+    assert "training_curves" not in card.text and "--num_train_epochs 0" in card.text
+
+
+def boxes(figure):
     """Bounding boxes, in pixels, of all texts of a figure, with what they say."""
     figure.draw_without_rendering()
-    axes = figure.axes[0]
-    labels = [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels()]
-    labels += [axes.title, axes.xaxis.label, axes.yaxis.label]
-    return [(label.get_text(), label.get_window_extent()) for label in labels]
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()] + figure.legends
+    labels = [text for legend in legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
+            low, high = sorted(axis.get_view_interval())
+            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+            labels += [axis.label, *(label for place, label in ticks if low <= place <= high)]
+        labels += [*axes.texts, axes.title]
+    return [(label.get_text(), label.get_window_extent()) for label in labels if label.get_text()]
+
+
+def assert_legible(figure):
+    """Nothing is cut off, and no two texts overlap but the slanted class names."""
+    found = boxes(figure)
+    for text, box in found:
+        assert box.x0 >= -1 and box.y0 >= -1, text
+        assert box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, text
+    upright = [(text, box) for text, box in found if not text.startswith("a-rather-long-class")]
+    for i, (text, box) in enumerate(upright):
+        for other, its in upright[i + 1 :]:
+            apart = (
+                min(box.x1, its.x1) - max(box.x0, its.x0) < 1 or min(box.y1, its.y1) - max(box.y0, its.y0) < 1
+            )
+            assert apart, (text, other)
+
+
+def long_names(classes):
+    return [f"a-rather-long-class-{i}" for i in range(classes)]
 
 
 @pytest.mark.parametrize("classes", [2, 8, 23])
-def test_confusion_matrix_is_right_and_nothing_is_cut_off(classes):
-    names = [f"a-rather-long-class-{i}" for i in range(classes)]
+def test_confusion_matrix_is_right_and_legible(classes):
+    names = long_names(classes)
     counts = np.random.default_rng(0).integers(0, 3, (classes, classes)) + np.diag([1234] * classes)
     pairs = np.repeat(np.argwhere(counts >= 0), counts.ravel(), axis=0)
     table = pd.DataFrame(np.array(names)[pairs], columns=["label", "prediction"])
     figure = draw_confusion_matrix(table, names)
     shown = {tuple(map(round, text.get_position()[::-1])): text.get_text() for text in figure.axes[0].texts}
-    assert shown == {(r, c): f"{counts[r, c]:,}" for r, c in np.argwhere(counts)}
-    width, height = figure.bbox.width, figure.bbox.height
-    for text, box in texts(figure):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+    share = counts / counts.sum(1, keepdims=True)
+    percent = {(r, c): f"\n{share[r, c]:.0%}" if classes <= 12 else "" for r, c in np.argwhere(counts)}
+    assert shown == {(r, c): f"{counts[r, c]:,}{percent[r, c]}" for r, c in np.argwhere(counts)}
+    assert_legible(figure)
     cell = figure.axes[0].get_window_extent().width / classes
     assert all(label.get_window_extent().width < cell for label in figure.axes[0].texts)
 
 
-def test_curves_show_what_was_logged(tmp_path, results):
+@pytest.mark.parametrize("classes", [2, 8, 23])
+def test_class_bars_show_recall_interval_and_precision(classes):
+    rng = np.random.default_rng(0)
+    rows = {}
+    for name in long_names(classes):
+        low, recall, high, precision = *np.sort(rng.random(3)), rng.random()
+        rows[name] = {
+            "precision": precision,
+            "recall": recall,
+            "recall_low": low,
+            "recall_high": high,
+            "n": 7,
+        }
+    figure = draw_class_bars(rows | {"never tested": {"recall": 0, "precision": 0, "n": 0}})
+    axes = figure.axes[0]
+    bars = [bar.get_width() for bar in axes.patches][::-1]
+    assert bars == pytest.approx([row["recall"] for row in rows.values()])
+    segments = [segment[:, 0] for segment in axes.collections[0].get_segments()][::-1]
+    assert np.allclose(segments, [(row["recall_low"], row["recall_high"]) for row in rows.values()])
+    assert_legible(figure)
+
+
+@pytest.mark.parametrize("classes", [2, 8, 23])
+def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classes):
+    table = predict_by_chance(long_names(classes), n=500)
+    labels = table["label"].map({name: label for label, name in enumerate(long_names(classes))}).to_numpy()
+    probabilities = table[long_names(classes)].to_numpy()
+    figure = draw_reliability(labels, probabilities, 1.5)
+    right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
+    after = next(line for line in figure.axes[0].lines if line.get_label().startswith("after"))
+    for x, y in zip(*after.get_data(), strict=True):
+        inside = np.ceil(confidence * 15) == np.ceil(x * 15)
+        assert x == pytest.approx(confidence[inside].mean()) and y == pytest.approx(right[inside].mean())
+    x, y = figure.axes[1].lines[0].get_data()
+    assert y[-1] == pytest.approx(right.mean()) and x[-1] == 1
+    assert y[249] == pytest.approx(right[np.argsort(-confidence)[:250]].mean())
+    assert_legible(figure)
+
+
+@pytest.mark.parametrize("classes", [2, 8, 23])
+def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
+    names, (images, pixels) = long_names(classes), pictures()
+    table = predict_by_chance(names)[:12]
+    model = FloatModel(ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32))
+    figure = draw_examples(table, names, images, model, SHAPE)
+    for row, axes in enumerate(figure.axes[: len(table)]):
+        shown = axes.images[0].get_array()
+        assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
+        assert (shown[:, 36:] != shown[:, :32]).any()
+        certain = f"{table[names].iloc[row].max():.0%}"
+        caption = f"true: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
+        assert axes.get_title() == caption
+    assert_legible(figure)
+
+
+def test_conflicts_stand_side_by_side():
+    images, pixels = pictures()
+    pairs = {"file_a": ["x/3.jpg", "x/9.jpg"], "file_b": ["x/7.jpg", "x/1.jpg"], "distance": [0.0012, 0.03],
+             "label_a": ["polyps", "b"], "label_b": ["esophagitis", "a"]}  # fmt: skip
+    figure = draw_conflicts(pd.DataFrame(pairs), images, SHAPE)
+    first = figure.axes[0].images[0].get_array()
+    assert (first[:, :32] == pixels[3].transpose(1, 2, 0)).all() and (
+        first[:, 36:] == pixels[7].transpose(1, 2, 0)
+    ).all()
+    assert figure.axes[0].get_title() == "polyps | esophagitis\ndistance 0.001"
+    assert_legible(figure)
+
+
+def test_attention_rollout_against_the_papers_loop(tiny_vit):
+    """The rows of the paper's loop in NumPy, patch by patch."""
+    model = ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32)
+    kind = model.config._attn_implementation
+    pixels = torch.rand(2, 3, 32, 32)
+    maps = attention_rollout(model, pixels)
+    assert maps.shape == (2, 32, 32) and maps.min() == 0 and maps.max() == 1
+    assert model.config._attn_implementation == kind
+    model.set_attn_implementation("eager")
+    attention = model(pixel_values=pixels, output_attentions=True).attentions
+    for picture in range(2):
+        flow = np.eye(17)
+        for layer in attention:
+            flow = (layer[picture].mean(0).detach().numpy() / 2 + np.eye(17) / 2) @ flow
+        grid, patches = flow[0, 1:], maps[picture].unfold(0, 8, 8).unfold(1, 8, 8).mean((2, 3)).numpy()
+        assert np.corrcoef(grid, patches.ravel())[0, 1] > 0.95
+        assert grid.argmax() == patches.argmax() and grid.argmin() == patches.argmin()
+
+
+def test_curves_show_what_was_logged():
     figure = draw_training_curves(HISTORY)
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     assert list(lines["training loss"].get_ydata()) == [1, 1 / 2, 1 / 3]
     assert list(lines["validation accuracy"].get_xdata()) == [1, 2, 3]
     assert set(lines) == {"training loss", "validation loss", "validation accuracy", "validation macro F1"}
-    write_report(results, PREDICTIONS, HISTORY, tmp_path, tmp_path)
-    for name in ("training_curves.png", "confusion_matrix.png"):
-        with Image.open(tmp_path / "report" / name) as image:
-            assert min(image.size) >= 500 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+    assert_legible(figure)
+
+
+def test_pictures_on_disk_are_large_enough(tmp_path, report):
+    report()
+    for path in (tmp_path / "report").glob("*.png"):
+        with Image.open(path) as image:
+            assert image.width >= 900 and len(image.convert("RGB").getcolors(1 << 24)) > 50, path.name

@@ -50,7 +50,8 @@ def test_all_files_of_the_interface_are_there(run):
     assert names >= {
         "model.safetensors", "config.json", "preprocessor_config.json", "README.md", "settings.json",
         "all_results.json", "report/metrics.json", "report/predictions.csv", "report/split.csv",
-        "report/confusion_matrix.png", "report/training_curves.png",
+        "report/near_duplicates.csv", "report/model_card.md", "report/confusion_matrix.png",
+        "report/training_curves.png", "report/per_class.png", "report/reliability.png", "report/attention.png",
     }  # fmt: skip
     assert not [path for path in run["model"].parent.rglob("*") if ".part-" in path.name]
 
@@ -68,7 +69,38 @@ def test_metrics_can_be_computed_again_from_the_predictions(run):
     split = pd.read_csv(run["model"] / "report" / "split.csv").set_index("file")["split"]
     assert (split[table["file"]].to_numpy() == table["split"]).all()
     speed = results["speed"]
-    assert all(value > 0 for value in speed.values()) and len(speed) == 4
+    assert all(value > 0 for value in speed.values())
+    assert set(speed) >= {
+        "prepare_images_per_second", "train_images_per_second", "evaluate_images_per_second", "peak_memory_bytes"
+    }  # fmt: skip
+
+
+def test_near_repeats_of_the_sample_stay_on_one_side(run):
+    """Every class holds three pictures that repeat another one (tests/draw_sample.py)."""
+    report = run["model"] / "report"
+    pairs, split = (
+        pd.read_csv(report / "near_duplicates.csv"),
+        pd.read_csv(report / "split.csv").set_index("file"),
+    )
+    assert (pairs["label_a"] == pairs["label_b"]).sum() >= 24
+    for column in ("split", "group"):
+        assert (split.loc[pairs["file_a"], column].to_numpy() == split.loc[pairs["file_b"], column]).all()
+    counts = metrics(run)["split"]
+    assert counts["by"] == "near-duplicates" and counts["pairs_across_splits"] == 0
+    assert counts["near_duplicate_pairs"] == len(pairs) and counts["groups"] == split["group"].nunique()
+
+
+def test_random_split_of_the_sample_is_called_optimistic(tmp_path, run):
+    done = run_script(
+        *SAMPLE, "--data_root", run["data"], "--output_dir", tmp_path / "model", "--split_by", "random",
+        "--num_train_epochs", "0",
+    )  # fmt: skip
+    assert done.returncode == 0 and "the score will be optimistic" in done.stdout, done.stderr
+    split = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())["split"]
+    assert split["pairs_across_splits"] > 5 and split["pairs_across_splits"] < split["near_duplicate_pairs"]
+    assert (
+        f"{split['pairs_across_splits']} are on two sides" in (tmp_path / "model" / "README.md").read_text()
+    )
 
 
 def test_scores_on_validation_are_the_best_epochs(run):
@@ -131,6 +163,77 @@ def test_own_images_in_a_folder(tmp_path, make_images, tiny_vit):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["label2id"] == {"blue": 0, "green": 1, "red": 2}
     assert not (ROOT / "model").exists()
+
+
+def test_cross_validation_and_images_from_elsewhere(tmp_path, make_images, tiny_vit):
+    """Added to a finished run; a fold that is done is not trained again; every image is tested once."""
+    images, elsewhere = (
+        make_images(count=12),
+        make_images("elsewhere", count=9, classes=("blue", "purple", "red")),
+    )
+    for path in elsewhere.glob("*/00[3-8].jpg"):  # blue's first three repeat training images
+        with Image.open(path) as picture:
+            picture.transpose(Image.Transpose.ROTATE_180).save(path, quality=90)
+    flags = [
+        "--data_dir", images, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model", "--report_to",
+        "none", "--model_name_or_path", tiny_vit, "--num_train_epochs", "1", "--split_by", tmp_path / "split.csv",
+    ]  # fmt: skip
+    files = sorted(path.relative_to(images).as_posix() for path in images.glob("*/*.jpg"))
+    split = [
+        "train" if int(file[-7:-4]) < 6 else ("validation", "test")[int(file[-7:-4]) % 2] for file in files
+    ]
+    pd.DataFrame({"file": files, "split": split}).to_csv(tmp_path / "split.csv", index=False)
+    assert run_script(*flags).returncode == 0
+    done = run_script(*flags, "--cross_validate", "3", "--external_dir", elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert "found the finished model" in done.stdout and "fold 3 of 3" in done.stdout
+    assert "classes that the model does not know: purple" in done.stdout
+
+    report = tmp_path / "model" / "report"
+    results = json.loads((report / "metrics.json").read_text())
+    table = pd.read_csv(report / "cross_validation.csv")
+    assert sorted(table["file"]) == files and table["split"].nunique() == 3
+    accuracy = (table["label"] == table["prediction"]).groupby(table["split"]).mean()
+    assert results["cross_validation"]["folds"] == 3
+    expected = {"mean": pytest.approx(accuracy.mean()), "sd": pytest.approx(accuracy.std())}
+    assert results["cross_validation"]["accuracy"] == expected
+    folder = tmp_path / "model" / "fold-2-of-3"
+    assert [path.name for path in folder.iterdir()] == ["predictions.csv"]
+
+    external = results["external"]
+    assert (external["folder"], external["images"], external["near_duplicates_left_out"]) == (
+        "elsewhere",
+        15,
+        3,
+    )
+    assert {name: row["n"] for name, row in external["per_class"].items()} == {"blue": 6, "red": 9}
+    kept = pd.read_csv(next(report.glob("external-elsewhere-*.csv")))
+    repeats = {f"blue/00{i}.jpg" for i in range(3)}
+    assert (
+        set(kept["file"]) == {f"{label}/00{i}.jpg" for label in ("blue", "red") for i in range(9)} - repeats
+    )
+    right = (kept["label"] == kept["prediction"]).mean()
+    assert external["accuracy"]["value"] == pytest.approx(right)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "`elsewhere` (blue, red) | 15 | 3 |" in card and "3 more models" in card
+
+    (folder / "predictions.csv").unlink()
+    done = run_script(*flags, "--cross_validate", "3", "--external_dir", elsewhere)
+    assert done.returncode == 0 and "fold 2 of 3" in done.stdout and "fold 3 of 3" not in done.stdout
+    assert json.loads((report / "metrics.json").read_text()) == results
+
+
+def test_images_from_elsewhere_of_other_classes_are_refused_before_training(tmp_path, make_images, tiny_vit):
+    done = run_script(
+        "--data_dir", make_images(count=5), "--external_dir", make_images("elsewhere", 5, ("cat", "dog")),
+        "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model", "--model_name_or_path", tiny_vit,
+    )  # fmt: skip
+    assert (
+        done.returncode == 1
+        and "error: no class folder in" in done.stderr
+        and "blue, green, red" in done.stderr
+    )
+    assert "training on" not in done.stdout and "Traceback" not in done.stderr
 
 
 def test_finished_model_is_evaluated_on_another_folder_without_training(tmp_path, run):

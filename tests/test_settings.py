@@ -21,7 +21,11 @@ def test_defaults_are_the_tutorials_job():
     settings, training = read_settings([])
     assert settings.data_url == "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip"
     assert settings.model_name_or_path == "google/vit-base-patch16-224-in21k"
-    assert (settings.test_size, settings.validation_size, settings.split_by) == (0.15, 0.15, "random")
+    assert (settings.test_size, settings.validation_size, settings.split_by) == (
+        0.15,
+        0.15,
+        "near-duplicates",
+    )
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 16)
     assert training.output_dir == "model" and training.load_best_model_at_end
 
@@ -59,7 +63,10 @@ BAD = [
     (["--test_size", "0.6", "--validation_size", "0.5"], "less than 1"),
     (["--validation_size", "-0.1"], "validation_size"),
     (["--data_dir", "no/such/folder"], "no/such/folder is not a folder"),
-    (["--split_by", "no.csv"], "no.csv is not a file"),
+    (["--split_by", "no.csv"], "no.csv is not a file; give near-duplicates, random"),
+    (["--cross_validate", "2"], "cross_validate is 2; give 3 or more"),
+    (["--cross_validate", "-5"], "cross_validate is -5"),
+    (["--external_dir", "no/such/folder"], "external_dir no/such/folder is not a folder"),
     (["--save_strategy", "sometimes"], "sometimes"),
     (["--save_strategy", "no"], "save"),
     (["--metric_for_best_model", "macro_f2"], "macro_f2; use one of loss, accuracy"),

@@ -51,7 +51,8 @@ def test_all_files_of_the_interface_are_there(run):
         "model.safetensors", "config.json", "preprocessor_config.json", "README.md", "settings.json",
         "all_results.json", "report/metrics.json", "report/predictions.csv", "report/split.csv",
         "report/near_duplicates.csv", "report/model_card.md", "report/confusion_matrix.png",
-        "report/training_curves.png", "report/per_class.png", "report/reliability.png", "report/attention.png",
+        "report/training_curves.png", "report/per_class.png", "report/reliability.png",
+        "report/attention.png",
     }  # fmt: skip
     assert not [path for path in run["model"].parent.rglob("*") if ".part-" in path.name]
 
@@ -71,7 +72,8 @@ def test_metrics_can_be_computed_again_from_the_predictions(run):
     speed = results["speed"]
     assert all(value > 0 for value in speed.values())
     assert set(speed) >= {
-        "prepare_images_per_second", "train_images_per_second", "evaluate_images_per_second", "peak_memory_bytes"
+        "prepare_images_per_second", "train_images_per_second", "evaluate_images_per_second",
+        "peak_memory_bytes",
     }  # fmt: skip
 
 
@@ -175,8 +177,9 @@ def test_cross_validation_and_images_from_elsewhere(tmp_path, make_images, tiny_
         with Image.open(path) as picture:
             picture.transpose(Image.Transpose.ROTATE_180).save(path, quality=90)
     flags = [
-        "--data_dir", images, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model", "--report_to",
-        "none", "--model_name_or_path", tiny_vit, "--num_train_epochs", "1", "--split_by", tmp_path / "split.csv",
+        "--data_dir", images, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model",
+        "--model_name_or_path", tiny_vit, "--num_train_epochs", "1", "--split_by", tmp_path / "split.csv",
+        "--report_to", "none",
     ]  # fmt: skip
     files = sorted(path.relative_to(images).as_posix() for path in images.glob("*/*.jpg"))
     split = [
@@ -226,7 +229,8 @@ def test_cross_validation_and_images_from_elsewhere(tmp_path, make_images, tiny_
 def test_images_from_elsewhere_of_other_classes_are_refused_before_training(tmp_path, make_images, tiny_vit):
     done = run_script(
         "--data_dir", make_images(count=5), "--external_dir", make_images("elsewhere", 5, ("cat", "dog")),
-        "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model", "--model_name_or_path", tiny_vit,
+        "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model",
+        "--model_name_or_path", tiny_vit,
     )  # fmt: skip
     assert (
         done.returncode == 1

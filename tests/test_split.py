@@ -1,4 +1,4 @@
-"""Step 5: near-duplicates are found, no group on two sides, every class on each, the same on every machine."""
+"""Step 5: near-duplicates are found, no group on two sides, every class on each, the same everywhere."""
 
 import hashlib
 import io

@@ -659,7 +659,7 @@ def find_near_duplicates(images: Dataset, shape: tuple[int, int, int], path: Pat
         return read_table(path)
     views = thumbnails(images, shape)
     names = np.array(images.features["label"].names, dtype=object)
-    of = pd.DataFrame({"file": images["file"][:], "label": names[images["label"]]})
+    of = pd.DataFrame({"file": images["file"][:], "label": names[images["label"][:]]})
     pairs = compare(views, views).join(of.add_suffix("_a"), on="a").join(of.add_suffix("_b"), on="b")
     pairs = pairs[["file_a", "file_b", "distance", "label_a", "label_b"]]
     write_table(path, pairs)
@@ -853,6 +853,7 @@ def load_model(
         set_seed(seed)
         torch.nn.init.trunc_normal_(model.classifier.weight, std=config.initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
+        model.config.calibration_temperature = 1.0  # or that of another head stays
     head = "its own" if config.id2label == id2label else "a new"
     log.info("%s: %.1f million parameters, %s head", checkpoint, model.num_parameters() / 1e6, head)
     normalise_on_device(model, processor)
@@ -1484,11 +1485,24 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
         card_data.license_link = kvasir["homepage"]
     template = str(HERE / "data" / "model_card.md")
-    usual = dataclasses.asdict(Settings()) | Training().to_dict()
-    flags = [f"--{key}={value}" for key, value in results["settings"].items() if value != usual[key]]
-    command = shlex.join(["python", "finetune_vit.py", *flags])
-    more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command}
+    more = {
+        "names": names,
+        "kvasir": kvasir,
+        "pictures": pictures,
+        "command": command_of(results["settings"]),
+    }
     return ModelCard.from_template(card_data, template, **more, **results)
+
+
+def command_of(settings: dict) -> str:
+    """Return the command line of recorded settings: those that are not the defaults."""
+    usual, words = dataclasses.asdict(Settings()) | Training().to_dict(), ["python", "finetune_vit.py"]
+    for key, value in settings.items():
+        if isinstance(value, list) and value != usual[key]:
+            words += [f"--{key}", *(value or ["none"])]
+        elif value != usual[key]:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return shlex.join(words)
 
 
 def write_report(

@@ -681,7 +681,8 @@ def compare(first: np.ndarray, second: np.ndarray) -> pd.DataFrame:
     The distance is 1 - the correlation of 8 x 8 colour cells, the smallest of nine shifts by up to 1/28 of
     the picture. Its rim is left out: black borders are alike everywhere. float64 holds all these sums
     exactly, so that their order, and with it the machine, changes nothing. A picture without texture has no
-    correlation and no pair. Where first is second, a < b. Near first.
+    correlation and no pair. Where first is second, a < b. Of more than 100 partners, as in a video, each `a`
+    keeps the nearest. Near first.
     """
 
     def cells(views: np.ndarray, top: int, left: int) -> tuple[np.ndarray, np.ndarray]:
@@ -697,7 +698,10 @@ def compare(first: np.ndarray, second: np.ndarray) -> pd.DataFrame:
         with np.errstate(invalid="ignore"):
             products = (query[rows] @ cell[rest].T / size[rest] for cell, size in shifted)
             distance = 1 - functools.reduce(np.fmax, products) / length[rows, None]
-        a, b = np.nonzero(np.triu(distance <= NEAR, 1) if same else distance <= NEAR)
+        near = np.triu(distance <= NEAR, 1) if same else distance <= NEAR
+        for row in np.flatnonzero(near.sum(1) > 100):
+            near[row, np.argsort(np.where(near[row], distance[row], np.inf), kind="stable")[100:]] = False
+        a, b = np.nonzero(near)
         pairs = {"a": a + start, "b": b + start * same, "distance": distance[a, b].clip(0).round(6)}
         found.append(pd.DataFrame(pairs))
     return pd.concat(found).sort_values(["distance", "a", "b"], ignore_index=True)
@@ -1248,27 +1252,31 @@ if RUN:
 
 # %%
 def cross_validate(
-    images: Dataset, groups: pd.Series, processor: ViTImageProcessor, settings: Settings, training: Training
-) -> dict[str, Any]:
+    splits: DatasetDict, groups: pd.Series, processor: ViTImageProcessor, settings: Settings,
+    training: Training,
+) -> dict[str, Any]:  # fmt: skip
     """Return {"folds": K, metric: {"mean", "sd"}}; report/cross_validation.csv has every image's prediction.
 
     Fold k tests, fold k + 1 chooses epoch and temperature, the others train. Of a fold that is done only the
     predictions are kept.
     """
+    images = datasets.concatenate_datasets([splits[name] for name in SPLITS])
+    images = images.select(np.argsort(images["file"][:]))
     labels, class_names = np.array(images["label"]), images.features["label"].names
     folds, tables, scores, output_dir = settings.cross_validate, [], [], Path(training.output_dir)
-    fold_of = share_out(labels, units(groups, settings), [1 / folds] * folds, training.seed)
+    kept_whole = units(groups[images["file"][:]], settings)
+    fold_of = share_out(labels, kept_whole, [1 / folds] * folds, training.seed)
     for fold in range(folds):
         options, folder = copy.copy(training), output_dir / f"fold-{fold + 1}-of-{folds}"
         options.output_dir, options.push_to_hub, options.resume_from_checkpoint = str(folder), False, None
         role = np.select([fold_of == fold, fold_of == (fold + 1) % folds], ["test", "validation"], "train")
-        splits = DatasetDict({name: images.select(np.flatnonzero(role == name)) for name in SPLITS})
+        parts = DatasetDict({name: images.select(np.flatnonzero(role == name)) for name in SPLITS})
         if not (kept := folder / "predictions.csv").exists():
             log.info("fold %s of %s", fold + 1, folds)
             model = load_model(settings.model_name_or_path, class_names, processor, training.seed)
-            trainer = build_trainer(model, splits, processor, options)
+            trainer = build_trainer(model, parts, processor, options)
             fine_tune(trainer, options)
-            predict(trainer, splits, ("test",), kept)
+            predict(trainer, parts, ("test",), kept)
         for file in {*folder.iterdir()} - {kept}:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
         tables.append(read_table(kept).assign(split=f"fold {fold + 1}"))
@@ -1308,7 +1316,7 @@ def evaluate_external(
 
 if RUN:
     if settings.cross_validate:
-        results["cross_validation"] = cross_validate(readable, groups, processor, settings, training)
+        results["cross_validation"] = cross_validate(splits, groups, processor, settings, training)
     if settings.external_dir:
         results["external"] = evaluate_external(external, splits, trainer, settings, report)
 

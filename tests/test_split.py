@@ -144,6 +144,18 @@ def test_eight_thousand_images_take_seconds_and_no_square_matrix():
     assert len(pairs) == 4000 and (pairs["b"] - pairs["a"] == 4000).all()
 
 
+def test_a_long_video_is_one_group_but_not_a_million_pairs():
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (28, 28, 3))
+    views = np.clip(frame + rng.integers(-9, 10, (1500, 28, 28, 3)), 0, 255).astype(np.uint8)
+    pairs = compare(views, views)
+    assert pairs.groupby("a").size().max() == 100 and len(pairs) < 150_000
+    every = 1 - np.corrcoef([view[2:26, 2:26].reshape(8, 3, 8, 3, 3).mean((1, 3)).ravel() for view in views])
+    assert every.max() < NEAR  # all of 1.1 million pairs are near
+    pairs = pairs.assign(file_a=pairs["a"].map(str), file_b=pairs["b"].map(str))
+    assert group_images([str(row) for row in range(1500)], pairs).nunique() == 1
+
+
 def test_flat_images_are_no_pair_and_raise_no_warning(recwarn):
     views = np.full((3, 28, 28, 3), 7, np.uint8)
     assert compare(views, views).empty and not recwarn.list

@@ -299,6 +299,8 @@ def check_settings(settings: Settings, training: Training) -> None:
     if settings.cross_validate not in (0, *range(3, 1000)):
         remedy = "give 3 or more: each fold needs images to train, to validate and to test"
         stop(f"--cross_validate is {settings.cross_validate}", remedy)
+    if settings.cross_validate and settings.split_by not in ("near-duplicates", "random"):
+        stop("--cross_validate cannot make folds from a CSV file", "use --split_by near-duplicates or random")
     if training.resume_from_checkpoint is not None and not Path(training.resume_from_checkpoint).is_dir():
         stop(f"--resume_from_checkpoint {training.resume_from_checkpoint} is not a folder", "leave it out")
     metric = str(training.metric_for_best_model).removeprefix("eval_")
@@ -803,10 +805,12 @@ def count_pairs(pairs: pd.DataFrame, groups: pd.Series, splits: DatasetDict) -> 
     """Return how many groups and near-identical pairs there are, across two splits, with two labels."""
     side = {file: name for name, part in splits.items() for file in part["file"]}
     pairs = pairs[pairs["file_a"].isin(side) & pairs["file_b"].isin(side)]
+    a, b = pairs["file_a"].map(side), pairs["file_b"].map(side)
     return {
         "groups": groups[list(side)].nunique(),
         "near_duplicate_pairs": len(pairs),
-        "pairs_across_splits": int((pairs["file_a"].map(side) != pairs["file_b"].map(side)).sum()),
+        "pairs_across_splits": int((a != b).sum()),
+        "pairs_across_test": int(((a == "test") != (b == "test")).sum()),
         "conflicting_label_pairs": int((pairs["label_a"] != pairs["label_b"]).sum()),
     }
 
@@ -817,8 +821,9 @@ def show_splits(pairs: pd.DataFrame, groups: pd.Series, splits: DatasetDict) -> 
     counts = count_pairs(pairs, groups, splits)
     text = "%(groups)s groups; %(near_duplicate_pairs)s near-identical pairs, %(pairs_across_splits)s of them"
     log.info(text + " on two sides, %(conflicting_label_pairs)s with different labels", counts)
-    if counts["pairs_across_splits"]:
-        log.warning("warning: the score will be optimistic: the model learns near-copies of test images")
+    if counts["pairs_across_test"]:
+        text = "warning: the score will be optimistic: %s pairs join a test image to one that is not"
+        log.warning(text, counts["pairs_across_test"])
 
 
 if RUN:
@@ -1117,7 +1122,8 @@ def score(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) 
 def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) -> dict[str, dict]:
     """Return {class: {"precision", "recall" (sensitivity), "specificity", "f1", "n"}} of one split.
 
-    Classes with images also have the 95 % interval of their recall, "recall_low" and "recall_high".
+    Classes with images also have the 95 % interval of their recall, "recall_low" and "recall_high", and
+    "groups", the number of groups that it rests on.
     """
     pair = predictions["label"], predictions["prediction"]
     (tn, fp), _ = metrics.multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
@@ -1129,6 +1135,7 @@ def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: lis
         right = (part["prediction"] == name).to_numpy()
         recall = intervals(lambda rows, right=right: {"": right[rows].mean()}, groups[part["file"]])[""]
         result[name] |= {"recall_low": recall["low"], "recall_high": recall["high"]}
+        result[name]["groups"] = groups[part["file"]].nunique()
     return result
 
 
@@ -1193,10 +1200,11 @@ def summarise(
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
     results["split"] = {"by": record["settings"]["split_by"]} | splits.num_rows
     results["split"] |= count_pairs(pairs, groups, splits)
+    results["split"]["classes"] = {name: count_classes(part) for name, part in splits.items()}
     results["speed"] = measured_speed(trainer, splits["train"])
     results["settings"] = record["settings"] | record["training"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core CPU"
-    results["versions"] = versions() | {"device": device}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else trainer.args.device.type
+    results["versions"] = versions() | {"device": f"{device}, {os.cpu_count()} CPU cores"}
     write_json(path, results)
     return results
 
@@ -1230,7 +1238,7 @@ def peak_memory() -> int | None:
 def show_results(results: dict) -> None:
     scores = pd.DataFrame({name: results[name] for name in SPLITS if name in results})
     show(scores.map(lambda score: round(score["value"], 3)))
-    show(pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int}))
+    show(pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int, "groups": "Int64"}))
     show(pd.DataFrame(results["shortcuts"]).T.round(3).rename_axis("test images, painted black:"))
     for name in ("accuracy", "macro_f1", "mcc", "ece"):
         interval = "{value:.3f}, 95 % interval {low:.3f} to {high:.3f}".format(**results["test"][name])
@@ -1493,12 +1501,10 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
         card_data.license_link = kvasir["homepage"]
     template = str(HERE / "data" / "model_card.md")
-    more = {
-        "names": names,
-        "kvasir": kvasir,
-        "pictures": pictures,
-        "command": command_of(results["settings"]),
-    }
+    later = {"cross_validate": results.get("cross_validation", {}).get("folds", 0)}
+    later |= {"external_dir": results.get("external", {}).get("folder")}
+    command = command_of(results["settings"] | later)
+    more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command}
     return ModelCard.from_template(card_data, template, **more, **results)
 
 
@@ -1508,7 +1514,7 @@ def command_of(settings: dict) -> str:
     for key, value in settings.items():
         if isinstance(value, list) and value != usual[key]:
             words += [f"--{key}", *(value or ["none"])]
-        elif value != usual[key]:
+        elif value != usual[key] and value is not None:
             words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return shlex.join(words)
 

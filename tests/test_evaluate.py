@@ -104,13 +104,13 @@ def test_intervals_are_the_same_at_every_run():
 
 def test_classes_worked_out_by_hand():
     classes = score_classes(TABLE, ALONE, ["a", "b", "c", "never"])
-    ends = {"recall_low": pytest.approx(0.25, abs=0.01), "recall_high": 1}
+    ends = {"recall_low": pytest.approx(0.25, abs=0.01), "recall_high": 1, "groups": 4}
     assert (
         classes["a"]
         == {"precision": 3 / 4, "recall": 3 / 4, "specificity": 5 / 6, "f1": 3 / 4, "n": 4} | ends
     )
     assert classes["b"]["specificity"] == pytest.approx(5 / 6)
-    ends = {"recall_low": pytest.approx(beta.ppf(0.025, 2, 1)), "recall_high": 1}
+    ends = {"recall_low": pytest.approx(beta.ppf(0.025, 2, 1)), "recall_high": 1, "groups": 2}
     row = {
         "precision": pytest.approx(2 / 3),
         "recall": 1.0,
@@ -263,7 +263,8 @@ def test_metrics_json_has_the_documented_shape(tmp_path, measured):
     assert set(results["per_class"]) == {"a", "b", "c"} and "train" not in results
     assert results["split"] == {
         "by": "random", "train": 12, "validation": 12, "test": 12, "groups": 6, "near_duplicate_pairs": 1,
-        "pairs_across_splits": 0, "conflicting_label_pairs": 1,
+        "pairs_across_splits": 0, "pairs_across_test": 0, "conflicting_label_pairs": 1,
+        "classes": dict.fromkeys(("train", "validation", "test"), {"a": 4, "b": 4, "c": 4}),
     }  # fmt: skip
     assert results["calibration"]["temperature"] == 1 and len(results["shortcuts"]) == 4
     speed = results["speed"]

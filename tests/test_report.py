@@ -63,13 +63,19 @@ def pictures(n=60):
 def results(tmp_path):
     score = {"value": 0.8765, "low": 0.8123, "high": 0.9321}
     row = {"precision": 0.9, "recall": 0.8, "recall_low": 0.7, "recall_high": 0.85, "specificity": 0.95,
-           "f1": 0.85, "n": 10}  # fmt: skip
+           "f1": 0.85, "n": 10, "groups": 6}  # fmt: skip
     part = dict.fromkeys([*METRICS, "ece"], score) | {
         "accuracy": {"value": 0.9123, "low": 0.88, "high": 0.94}
     }
     settings, training = read_settings(["--output_dir", str(tmp_path), "--learning_rate", "3e-5"])
     split = {"by": "near-duplicates", "train": 140, "validation": 30, "test": 30, "groups": 150}
-    split |= {"near_duplicate_pairs": 60, "pairs_across_splits": 0, "conflicting_label_pairs": 7}
+    split |= {
+        "near_duplicate_pairs": 60,
+        "pairs_across_splits": 0,
+        "pairs_across_test": 0,
+        "conflicting_label_pairs": 7,
+    }
+    split["classes"] = dict.fromkeys(("train", "validation", "test"), dict.fromkeys(NAMES, 21))
     calibration = {"temperature": 1.234, "ece_before": 0.0987, "ece_after": 0.0456}
     return {
         "test": part, "validation": part, "per_class": dict.fromkeys(NAMES, row), "split": split,
@@ -130,7 +136,8 @@ def test_card_is_complete_and_carries_the_terms(tmp_path, report, folder, kvasir
         "divided by the temperature 1.234", "| expected calibration error (15 bins) | 0.099 | 0.046 |",
         "| nothing | 0.912 | 0.870 |", "12.3 training images/s", "567 s of training", "a test machine",
         "Of 60 near-identical pairs, 0 are on two sides", "7 carry two different labels",
-        "| esophagitis | 0.900 | 0.800 (0.700 to 0.850) | 0.950 | 0.850 | 10 |", "others is 0.978",
+        "| esophagitis | 0.900 | 0.800 (0.700 to 0.850) | 0.950 | 0.850 | 10 (6) |", "others is 0.978",
+        "| polyps | 21 | 21 | 21 |", "| total | 140 | 30 | 30 |",
         "not tested on images from elsewhere",
         f"python finetune_vit.py --output_dir={tmp_path} --learning_rate=3e-05",
     ):  # fmt: skip
@@ -159,16 +166,24 @@ def test_command_of_a_run_gives_its_settings_again(tmp_path):
 
 
 def test_card_says_when_a_random_split_flatters(report, results):
-    results["split"] |= {"by": "random", "pairs_across_splits": 29}
-    text = report().text
-    assert "The results are optimistic" in text and "29 are on two sides of the split" in text
-    assert "a group is never divided" not in text
+    results["split"] |= {"by": "random", "pairs_across_splits": 29, "pairs_across_test": 18}
+    text = " ".join(report().text.split())
+    assert (
+        "The results are optimistic" in text and "29 are on two sides of the split, 18 of them with" in text
+    )
+    assert "a group is not divided" not in text
 
 
 def test_card_of_a_given_split_that_divides_pairs(report, results):
-    results["split"] |= {"by": "my.csv", "pairs_across_splits": 29}
+    results["split"] |= {"by": "my.csv", "pairs_across_splits": 29, "pairs_across_test": 18}
     text = " ".join(report().text.split())
-    assert "29 are on two sides of the split, which flatters the results" in text
+    assert "18 of them with one test image, which flatters the results" in text
+
+
+def test_card_of_a_class_without_test_images(report, results):
+    zero = {"precision": 0, "recall": 0, "specificity": 0.95, "f1": 0, "n": 0}
+    results["per_class"] = results["per_class"] | {"polyps": zero}
+    assert "| polyps | – | – | 0.950 | – | 0 |" in report().text
 
 
 def test_card_tells_what_was_measured_elsewhere(report, results):
@@ -183,6 +198,7 @@ def test_card_tells_what_was_measured_elsewhere(report, results):
     text = " ".join(report().text.split())
     row = "| `other-clinic` (polyps) | 90 | 10 | 0.700 (0.600 to 0.800) | 0.500 (0.400 to 0.600) |"
     assert row in text and "not tested on images from elsewhere" not in text
+    assert "--cross_validate=5 --external_dir=other-clinic" in text
     assert "5 more models" in text and "accuracy 0.900 ± 0.020, macro F1 0.850 ± 0.030" in text
 
 

@@ -220,11 +220,15 @@ def test_straddling_pairs_are_counted_and_said(images, tmp_path, caplog):
     split = pd.read_csv(tmp_path / "random.csv").set_index("file")["split"]
     straddling = sum(split[a] != split[b] for a, b, *_ in rows)
     assert straddling > 50
-    counts = {"groups": 174, "near_duplicate_pairs": 173, "conflicting_label_pairs": 0}
-    assert count_pairs(pairs, groups, random) == counts | {"pairs_across_splits": straddling}
+    tested = sum((split[a] == "test") != (split[b] == "test") for a, b, *_ in rows)
+    assert count_pairs(pairs, groups, random) == {
+        "groups": 174, "near_duplicate_pairs": 173, "conflicting_label_pairs": 0,
+        "pairs_across_splits": straddling, "pairs_across_test": tested,
+    }  # fmt: skip
     with caplog.at_level(logging.INFO, "finetune_vit"):
         show_splits(pairs, groups, random)
-    assert "optimistic" in caplog.text and f"{straddling} of them on two sides" in caplog.text
+    assert f"{straddling} of them on two sides" in caplog.text
+    assert f"optimistic: {tested} pairs join a test image" in caplog.text and 0 < tested < straddling
     caplog.clear()
     grouped = split_images(images, groups, Settings(), 42, tmp_path / "grouped.csv")
     assert count_pairs(pairs, groups, grouped)["pairs_across_splits"] == 0

@@ -1,0 +1,114 @@
+"""Which near-duplicates does each method find, what do its groups look like, what does the split then cost?
+
+    pip install imagehash
+    python tests/benchmarks/near_duplicates.py --data_url IMAGES.zip --model_name_or_path CHECKPOINT
+
+takes the flags of finetune_vit.py and prints a table: pairs, pairs with two labels, groups, the largest
+group, recall (of pairs whose class tokens have a cosine of 0.99 or more), accuracy and macro F1 of a
+logistic regression on the class tokens over 5 grouped folds, mean and standard deviation of 4 seeds.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pandas as pd
+import PIL.Image
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import squareform
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
+from transformers import ViTImageProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import finetune_vit as script
+
+
+def class_tokens(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
+    """Return the class tokens, float32 (n, width), of length 1."""
+    tokens = []
+    model.classifier.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0]))
+    with torch.no_grad():
+        for start in tqdm(range(0, len(pixels), 32), desc="class tokens"):
+            model(pixel_values=torch.from_numpy(pixels[start : start + 32]))
+    return torch.nn.functional.normalize(torch.cat(tokens), dim=-1).numpy()
+
+
+def connected(distance: np.ndarray, threshold: float) -> np.ndarray:
+    return connected_components(coo_array(distance <= threshold), directed=False)[1]
+
+
+def average(distance: np.ndarray, threshold: float) -> np.ndarray:
+    condensed = squareform(distance, checks=False)
+    return fcluster(linkage(condensed, "average"), threshold, "distance")
+
+
+def probe(tokens: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, str]:
+    """Return accuracy and macro F1 of a logistic regression over grouped folds, mean and spread of seeds."""
+    accuracies, scores = [], []
+    for seed in range(4):
+        guesses = np.empty_like(labels)
+        for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(
+            tokens, labels, groups
+        ):
+            classify = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+            guesses[test] = classify.fit(tokens[train], labels[train]).predict(tokens[test])
+        accuracies.append((guesses == labels).mean())
+        scores.append(f1_score(labels, guesses, average="macro"))
+    columns = {"accuracy": accuracies, "macro F1": scores}
+    return {name: f"{np.mean(values):.3f} ± {np.std(values):.3f}" for name, values in columns.items()}
+
+
+def main() -> None:
+    temporary = tempfile.TemporaryDirectory()
+    settings, _ = script.read_settings([*sys.argv[1:], "--output_dir", temporary.name])
+    folder, cache = script.locate_images(settings), Path(settings.data_root) / "cache"
+    images = script.load_images(folder, cache)
+    processor = ViTImageProcessor.from_pretrained(settings.model_name_or_path)
+    images = script.keep_readable(script.prepare_pixels(images, folder, processor, cache))
+    shape, labels, n = script.pixel_shape(processor), np.array(images["label"]), len(images)
+    pixels = script.pixels_of(images["file"], images, shape)
+
+    model = script.load_model(settings.model_name_or_path, images.features["label"].names, processor, 0)
+    tokens = class_tokens(model.eval(), pixels.transpose(0, 3, 1, 2).copy())
+    cosine = 1 - (tokens @ tokens.T).clip(-1, 1)
+    bits = np.stack([imagehash.phash(PIL.Image.fromarray(picture)).hash.ravel() for picture in pixels])
+    phash = (bits[:, None] != bits).sum(-1)
+
+    views, script.NEAR = script.thumbnails(images, shape), 0.5  # for all thresholds below
+    pairs = script.compare(views, views)
+    cells = np.ones((n, n))
+    cells[pairs["a"], pairs["b"]] = cells[pairs["b"], pairs["a"]] = pairs["distance"]
+
+    methods = {"random split": (cells, -1, connected)}
+    methods |= {f"pHash <= {bits} of 64 bits, connected": (phash, bits, connected) for bits in (4, 6, 8)}
+    methods |= {
+        f"class token, cosine >= {1 - d:.2f}, connected": (cosine, d, connected) for d in (0.01, 0.02)
+    }
+    methods["class token, cosine >= 0.98, average linkage"] = (cosine, 0.02, average)
+    methods |= {f"cells <= {d}, connected": (cells, d, connected) for d in (0.02, 0.04, 0.06)}
+    methods["cells <= 0.06, average linkage"] = (cells, 0.06, average)
+    alike, rows = np.triu(cosine <= 0.01, 1), {}
+    for name, (distance, threshold, link) in tqdm(methods.items(), desc="methods"):
+        distance = np.where(np.eye(n, dtype=bool), 0, distance)
+        near, groups = np.triu(distance <= threshold, 1), link(distance, threshold)
+        a, b = np.nonzero(near)
+        _, sizes = np.unique(groups, return_counts=True)
+        rows[name] = {
+            "pairs": len(a), "two labels": (labels[a] != labels[b]).sum(), "groups": len(sizes),
+            "largest": sizes.max(), "recall": f"{near[alike].mean():.2f}",
+        } | probe(tokens, labels, groups)  # fmt: skip
+    print(pd.DataFrame(rows).T.to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -695,8 +695,8 @@ def compare(first: np.ndarray, second: np.ndarray) -> pd.DataFrame:
 
     (query, length), same, found = cells(first, 2, 2), first is second, []
     shifted = [cells(second, top, left) for top, left in itertools.product((1, 2, 3), repeat=2)]
-    for start in range(0, len(query), 256):
-        rows, rest = slice(start, start + 256), slice(start * same, None)
+    for start in range(0, len(query), 128):
+        rows, rest = slice(start, start + 128), slice(start * same, None)
         with np.errstate(invalid="ignore"):
             products = (query[rows] @ cell[rest].T / size[rest] for cell, size in shifted)
             distance = 1 - functools.reduce(np.fmax, products) / length[rows, None]

@@ -100,8 +100,8 @@ def read_json(path: Path) -> dict:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV file; file and class names stay text, even if they look like numbers or say NA."""
-    text = "file file_a file_b split label label_a label_b prediction".split()
-    return pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False)
+    text = dict.fromkeys("file file_a file_b split label label_a label_b prediction".split(), str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, float_precision="round_trip")
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

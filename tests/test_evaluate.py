@@ -75,7 +75,9 @@ def test_calibration_error_against_another_implementation():
 def test_intervals_are_scipys_bootstrap_where_every_image_is_a_group():
     right = np.random.default_rng(2).random(400) < 0.9
     ours = intervals(lambda rows: {"accuracy": right[rows].mean()}, np.arange(400))["accuracy"]
-    theirs = bootstrap((right,), np.mean, method="percentile", n_resamples=20_000, rng=0).confidence_interval
+    theirs = bootstrap(
+        (right,), np.mean, method="percentile", n_resamples=20_000, random_state=0
+    ).confidence_interval
     assert ours["value"] == right.mean()
     assert ours["low"] == pytest.approx(theirs.low, abs=0.005)
     assert ours["high"] == pytest.approx(theirs.high, abs=0.005)

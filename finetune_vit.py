@@ -101,12 +101,14 @@ def read_json(path: Path) -> dict:
 def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV file; file and class names stay text, even if they look like numbers or say NA."""
     text = dict.fromkeys("file file_a file_b split label label_a label_b prediction".split(), str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, float_precision="round_trip")
+    return pd.read_csv(path, dtype=text, keep_default_na=False)
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Write a CSV file and return it as it will be read again: the same numbers now and later."""
     with whole(path) as part:
-        table.to_csv(part, index=False)
+        table.to_csv(part, index=False, float_format="%.9g")
+    return read_table(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -664,8 +666,7 @@ def find_near_duplicates(images: Dataset, shape: tuple[int, int, int], path: Pat
     of = pd.DataFrame({"file": images["file"][:], "label": names[images["label"][:]]})
     pairs = compare(views, views).join(of.add_suffix("_a"), on="a").join(of.add_suffix("_b"), on="b")
     pairs = pairs[["file_a", "file_b", "distance", "label_a", "label_b"]]
-    write_table(path, pairs)
-    return pairs
+    return write_table(path, pairs)
 
 
 def thumbnails(images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
@@ -1070,10 +1071,7 @@ def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path:
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
         tables.append(pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1))
-    predictions = pd.concat(tables, ignore_index=True)
-    if missing:
-        write_table(path, predictions)
-    return predictions
+    return write_table(path, pd.concat(tables, ignore_index=True)) if missing else tables[0]
 
 
 def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,8 @@
 # torch 2.13.0, transformers 5.23.0.
 
 # %%
+from __future__ import annotations
+
 import argparse
 import copy
 import dataclasses
@@ -38,38 +40,46 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from lzma import LZMAError
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import PIL.Image
+import yaml
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from huggingface_hub import ModelCard
+    from matplotlib.figure import Figure
+    from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+    from transformers import ViTForImageClassification, ViTImageProcessor
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices on new heads alarm newcomers
 
-import datasets
-import evaluate
-import numpy as np
-import pandas as pd
-import PIL.Image
-import torch
-import transformers
-import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from scipy.optimize import minimize_scalar
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.special import log_softmax, softmax
-from sklearn import metrics
-from tqdm.auto import tqdm
-from transformers import AutoConfig, HfArgumentParser, ViTForImageClassification, ViTImageProcessor, set_seed
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.image_utils import load_image
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+
+class Lazy:
+    """A package that is imported when it is first used: neither a mistake nor `--help` waits for torch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, name: str) -> Any:
+        package = importlib.import_module(self.name)
+        return (
+            getattr(package, name)
+            if hasattr(package, name)
+            else importlib.import_module(f"{self.name}.{name}")
+        )
+
+
+datasets, evaluate, hub, matplotlib = map(Lazy, ("datasets", "evaluate", "huggingface_hub", "matplotlib"))
+pd, scipy, sklearn, torch, transformers = map(Lazy, ("pandas", "scipy", "sklearn", "torch", "transformers"))
 
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
 NOTEBOOK = "ipykernel" in sys.modules
+MAIN = (
+    os.environ.get("RANK", "0") == "0"
+)  # of the processes that torchrun starts, the one that writes and speaks
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 SPLITS = ("train", "validation", "test")
 METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
@@ -80,17 +90,20 @@ log = logging.getLogger("finetune_vit")
 
 def stop(problem: object, remedy: str) -> NoReturn:
     """End with one line that a user can act on. Raises SystemExit: status 1, no traceback."""
-    raise SystemExit(f"error: {' '.join(str(problem).split())}; {remedy}")
+    raise SystemExit(f"error: {' '.join(str(problem).split())}; {remedy}" if MAIN else 1)
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` only once the block has succeeded."""
-    part = path.with_name(f".part-{path.name}")
+    """Yield a temporary name beside `path`; rename it to `path` only once the block has succeeded.
+
+    Of several processes, which all make the same, only the main one's is kept.
+    """
+    part = path.with_name(f".part{os.environ.get('RANK', '')}-{path.name}")
     shutil.rmtree(part, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     yield part
-    os.replace(part, path)
+    os.replace(part, path) if MAIN else part.unlink()
 
 
 def read_json(path: Path) -> dict:
@@ -108,7 +121,7 @@ def write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Write a CSV file and return it as it will be read again: the same numbers now and later."""
     with whole(path) as part:
         table.to_csv(part, index=False, float_format="%.9g")
-    return read_table(path)
+        return read_table(part)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,19 +135,19 @@ def write_json(path: Path, content: dict) -> None:
 
 def show(table: pd.DataFrame) -> None:
     """Show a table: as HTML in a notebook, as text in a terminal."""
-    if NOTEBOOK:
+    if NOTEBOOK and MAIN:
         from IPython.display import display
 
         display(table)
-    else:
+    elif MAIN:
         print(f"\n{table.to_string()}\n", flush=True)
 
 
 # %% [markdown]
 # ## 0 · Settings
 # What to train on and how. Each field is a flag (`--num_train_epochs 3`), a key of the YAML file given with
-# `--config` (flags win) or, in a notebook, an entry of `ARGUMENTS`. `Training` is the Trainer's own
-# `TrainingArguments` with our defaults: its other fields work under their own names, too.
+# `--config` (flags win) or, in a notebook, an entry of `ARGUMENTS`. `TRAINING` has our defaults for the
+# Trainer's own `TrainingArguments`; its other fields work under their own names, too.
 
 
 # %%
@@ -165,41 +178,46 @@ class Settings:
     external_dir: str | None = setting(None, "Folder of class folders to test on as well.", "FOLDER")
 
 
-@dataclass
-class Training(TrainingArguments):
-    """`TrainingArguments` with our defaults; the precision follows the hardware unless it is given."""
+TRAINING = {  # fields of transformers.TrainingArguments: our default, help, name of the value
+    "output_dir": ("model", "Folder for the model, its checkpoints, card and report.", "FOLDER"),
+    "num_train_epochs": (5.0, "Passes over the training images; 0 only evaluates.", "N"),
+    "learning_rate": (None, "Peak rate of AdamW; default: 2e-5 * (images a step / 16) ** 0.5.", "RATE"),
+    "warmup_steps": (0.1, "Learning-rate warm-up: share of steps if below 1, else steps.", "N"),
+    "weight_decay": (0.01, "Decoupled weight decay of AdamW, but for biases and norms.", "RATE"),
+    "per_device_train_batch_size": (32, "Images a training step, on each device.", "N"),
+    "per_device_eval_batch_size": (64, "Images an evaluation step, on each device.", "N"),
+    "seed": (42, "Seed of the split, the new head and the order of the images.", "N"),
+    "bf16": (None, "bfloat16 mixed precision; default: where fast.", "BOOL"),
+    "fp16": (None, "float16 mixed precision; default: old GPUs.", "BOOL"),
+    "eval_strategy": ("epoch", "When to evaluate on the validation images.", "epoch|steps|no"),
+    "save_strategy": ("epoch", "When to save a checkpoint.", "epoch|steps|no"),
+    "logging_strategy": ("epoch", "When to log the training loss.", "epoch|steps|no"),
+    "save_total_limit": (2, "Checkpoints to keep, the best one among them.", "N"),
+    "load_best_model_at_end": (True, "End with the best epoch instead of the last one.", "BOOL"),
+    "metric_for_best_model": ("macro_f1", "Validation metric of the best epoch.", "METRIC"),
+    "report_to": (None, "Loggers, or none; default: tensorboard.", "TOOL"),
+    "resume_from_checkpoint": (None, "Checkpoint to go on from; default: newest.", "FOLDER"),
+    "ddp_find_unused_parameters": (False, argparse.SUPPRESS, None),  # a ViT has none
+    "ddp_timeout": (4 * 3600, argparse.SUPPRESS, None),  # seconds: other processes wait for the download
+}
 
-    output_dir: str = setting("model", "Folder for the model, its checkpoints, card and report.", "FOLDER")
-    num_train_epochs: float = setting(5.0, "Passes over the training images; 0 only evaluates.", "N")
-    learning_rate: float = setting(2e-5, "Peak learning rate of AdamW.", "RATE")
-    warmup_steps: float = setting(0.1, "Learning-rate warm-up: share of steps if below 1, else steps.", "N")
-    weight_decay: float = setting(0.01, "Decoupled weight decay of AdamW, but for biases and norms.", "RATE")
-    per_device_train_batch_size: int = setting(16, "Images a training step, on each device.", "N")
-    per_device_eval_batch_size: int = setting(64, "Images an evaluation step, on each device.", "N")
-    seed: int = setting(42, "Seed of the split, the new head and the order of the images.", "N")
-    bf16: bool | None = setting(None, "bfloat16 mixed precision; default: where fast.", nargs="?", const=True)
-    fp16: bool | None = setting(None, "float16 mixed precision; default: old GPUs.", nargs="?", const=True)
-    eval_strategy: str = setting("epoch", "When to evaluate on the validation images.", "epoch|steps|no")
-    save_strategy: str = setting("epoch", "When to save a checkpoint.", "epoch|steps|no")
-    logging_strategy: str = setting("epoch", "When to log the training loss.", "epoch|steps|no")
-    save_total_limit: int | None = setting(2, "Checkpoints to keep, the best one among them.", "N")
-    load_best_model_at_end: bool = setting(True, "End with the best epoch instead of the last one.")
-    metric_for_best_model: str | None = setting("macro_f1", "Validation metric of the best epoch.", "METRIC")
-    report_to: None | str | list[str] = setting(None, "Loggers, or none; default: tensorboard.", "TOOL")
-    resume_from_checkpoint: str | None = setting(None, "Checkpoint to go on from; default: newest.", "FOLDER")
-    logging_nan_inf_filter: bool = field(default=False, init=False)  # a loss that is not finite must be seen
-    remove_unused_columns: bool = field(default=False, init=False)  # `collate` makes the model's inputs
 
-    def __post_init__(self) -> None:
-        cuda = torch.cuda.is_available()
-        self.use_cpu = self.use_cpu or not (cuda or torch.backends.mps.is_available())
-        if self.bf16 is None and self.fp16 is None:
-            precision = choose_precision("cpu" if self.use_cpu else "cuda" if cuda else "mps")
-            self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
-        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
-        if self.report_to is None:
-            self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-        super().__post_init__()
+def suit_hardware(given: argparse.Namespace) -> dict[str, Any]:
+    """Return device, precision and loggers, as defaults for the fields of TrainingArguments."""
+    cuda = torch.cuda.is_available() and not given.use_cpu
+    mps = torch.backends.mps.is_available() and not given.use_cpu
+    device_type = "cuda" if cuda else "mps" if mps else "cpu"
+    precision = choose_precision(device_type) if given.bf16 is None and given.fp16 is None else "as given"
+    return {
+        "use_cpu": device_type == "cpu",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "accelerator_config": {"non_blocking": True}
+        if cuda
+        else None,  # copies from pinned memory need not wait
+        "tf32": True if cuda and torch.cuda.get_device_capability() >= (8, 0) else None,
+        "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+    }
 
 
 def choose_precision(device_type: str) -> str:
@@ -217,10 +235,10 @@ def choose_precision(device_type: str) -> str:
 HELP = "see python finetune_vit.py --help"
 
 
-def read_settings(arguments: list[str]) -> tuple[Settings, Training]:
+def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     """Parse flags such as ["--config", "data/sample.yaml", "--seed", "1"]. Raises SystemExit on a mistake."""
-    parser = HfArgumentParser(
-        (Settings, Training),
+    parser = transformers.HfArgumentParser(
+        (Settings, transformers.TrainingArguments),
         allow_abbrev=False,
         usage="python finetune_vit.py [--config FILE] [--SETTING VALUE ...]",
         epilog="Every other field of transformers.TrainingArguments is a flag under its own name, too.",
@@ -228,15 +246,18 @@ def read_settings(arguments: list[str]) -> tuple[Settings, Training]:
     known = set(parser._option_string_actions) - {"-h", "--help"}
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it.")
     parser.error = lambda message: stop(message, HELP)
-    shown = {"help", "config", *Settings.__annotations__, *Training.__annotations__}
+    parser.set_defaults(**{name: default for name, (default, _, _) in TRAINING.items()})
     for action in parser._actions:  # 120 inherited flags, and a second spelling of each, would bury ours
         action.option_strings = action.option_strings[:1]
-        if action.dest not in shown or action.option_strings[0].startswith("--no_"):
+        if action.dest in TRAINING and not action.option_strings[0].startswith("--no_"):
+            _, action.help, action.metavar = TRAINING[action.dest]
+        elif action.dest not in {"help", "config", *Settings.__annotations__}:
             action.help = argparse.SUPPRESS
 
     config = parser.parse_known_args(arguments)[0].config
     if config:
         arguments = config_arguments(Path(config), known) + arguments
+    parser.set_defaults(**suit_hardware(parser.parse_known_args(arguments)[0]))
     try:
         settings, training, _, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
@@ -245,8 +266,21 @@ def read_settings(arguments: list[str]) -> tuple[Settings, Training]:
         stop(problem, HELP)
     if unknown:
         stop(f"unknown argument {unknown[0]}", nearest(unknown[0].split("=")[0], known))
+    training.remove_unused_columns = False  # `collate` makes the model's inputs
+    training.logging_nan_inf_filter = (
+        False  # a loss that is not finite must be seen, and looking at each waits
+    )
     check_settings(settings, training)
+    if (
+        training.learning_rate is None
+    ):  # Malladi et al. 2022, arXiv 2205.10287: Adam's rate, square root of the batch
+        training.learning_rate = 2e-5 * (images_a_step(training) / 16) ** 0.5
     return settings, training
+
+
+def images_a_step(training: TrainingArguments) -> int:
+    """Return the images of one update of the weights: on all devices, in all accumulated batches."""
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
 
 
 def nearest(name: str, known: set[str]) -> str:
@@ -278,14 +312,14 @@ def is_url(location: str) -> bool:
     return location.startswith(("http://", "https://"))
 
 
-def check_settings(settings: Settings, training: Training) -> None:
+def check_settings(settings: Settings, training: TrainingArguments) -> None:
     """Find, before any long work, what would fail later. Raises SystemExit."""
     sizes = settings.test_size, settings.validation_size
     if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
         stop(f"test_size and validation_size are {sizes}", "give shares above 0 that add up to less than 1")
     least = {"num_train_epochs": 0, "learning_rate": 0, "seed": 0, "gradient_accumulation_steps": 1}
     for name, value in (least | {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}).items():
-        if not getattr(training, name) >= value:
+        if getattr(training, name) is not None and not getattr(training, name) >= value:
             stop(f"{name} is {getattr(training, name)}", f"give {value} or more")
     for name in ("dataloader_drop_last", "prediction_loss_only", "batch_eval_metrics", "label_names"):
         if getattr(training, name):
@@ -308,7 +342,9 @@ def check_settings(settings: Settings, training: Training) -> None:
     metric = str(training.metric_for_best_model).removeprefix("eval_")
     if metric not in ("None", "loss", *METRICS):
         stop(f"unknown --metric_for_best_model {metric}", f"use one of loss, {', '.join(METRICS)}")
-    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
+    if missing := set(training.report_to) - set(
+        transformers.integrations.get_available_reporting_integrations()
+    ):
         names = " ".join(sorted(missing))
         stop(f"--report_to finds no {names}", f"pip install {names}, or --report_to none")
 
@@ -330,10 +366,10 @@ external_dir fp16 hub_ include local_rank log output_dir per_device_eval project
 run_name save_ tf32 torch_compile trackio use_cpu""".split()
 
 
-def open_workspace(settings: Settings, training: Training) -> Path:
+def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
     """Return the output folder, new or found again. Raises SystemExit where other results are in the way."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if MAIN else logging.ERROR)
     transformers.logging.disable_progress_bar()  # for reading and writing weights: a second, but many lines
     output_dir = Path(training.output_dir)
     record = {"settings": dataclasses.asdict(settings), "training": training.to_dict()}
@@ -381,8 +417,8 @@ def choose_checkpoint(settings: Settings, output_dir: Path) -> str:
         return str(output_dir)
     name = settings.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        processor = ViTImageProcessor.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        processor = transformers.ViTImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().split("\n")[0]
         stop(f"cannot read {name}: {reason}", "check --model_name_or_path and the network, or give a folder")
@@ -401,6 +437,7 @@ def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
 
 if RUN:
     output_dir = open_workspace(settings, training)
+    report = output_dir / "report"
     checkpoint = choose_checkpoint(settings, output_dir)
 
 # %% [markdown]
@@ -480,7 +517,8 @@ def visible(folder: Path) -> list[Path]:
 
 
 if RUN:
-    image_folder = locate_images(settings)
+    with training.main_process_first(local=False):  # under torchrun the others wait, then find its result
+        image_folder = locate_images(settings)
 
 # %% [markdown]
 # ## 3 · Load
@@ -559,8 +597,12 @@ def load_external(settings: Settings, class_names: list[str]) -> Dataset:
     if unknown := sorted(set(names) - known.keys()):
         log.warning("left out of %s: classes that the model does not know: %s", folder, ", ".join(unknown))
     rows = [(file, known[name]) for file, name in zip(images["file"], names, strict=True) if name in known]
-    features = Features({"file": Value("string"), "label": ClassLabel(names=class_names)})
-    return Dataset.from_dict(dict(zip(features, zip(*rows, strict=True), strict=True)), features=features)
+    features = datasets.Features(
+        {"file": datasets.Value("string"), "label": datasets.ClassLabel(names=class_names)}
+    )
+    return datasets.Dataset.from_dict(
+        dict(zip(features, zip(*rows, strict=True), strict=True)), features=features
+    )
 
 
 def count_classes(images: Dataset) -> dict[str, int]:
@@ -569,10 +611,11 @@ def count_classes(images: Dataset) -> dict[str, int]:
 
 
 if RUN:
-    images = load_images(image_folder, Path(settings.data_root) / "cache")
-    class_names = images.features["label"].names
+    with training.main_process_first(local=False):
+        images = load_images(image_folder, Path(settings.data_root) / "cache")
+        class_names = images.features["label"].names
+        external = load_external(settings, class_names) if settings.external_dir else None
     log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ", ".join(class_names))
-    external = load_external(settings, class_names) if settings.external_dir else None
 
 # %% [markdown]
 # ## 4 · Preprocess
@@ -595,11 +638,15 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     path = cache_dir / f"pixels-{key}.arrow"
     found, start = path.exists(), time.perf_counter()
-    new = {"mode": Value("string"), "error": Value("string"), "pixel_values": Value("binary")}
+    new = {
+        "mode": datasets.Value("string"),
+        "error": datasets.Value("string"),
+        "pixel_values": datasets.Value("binary"),
+    }
     pixels = images.map(
         functools.partial(decode_files, folder=folder, processor=processor),
         input_columns="file", batched=True, batch_size=256, writer_batch_size=256, desc="prepare",
-        features=Features(images.features | new), new_fingerprint=key,
+        features=datasets.Features(images.features | new), new_fingerprint=key,
         cache_file_name=str(path),  # `datasets` renames it to this once it is whole
     )  # fmt: skip
     if not found:
@@ -620,7 +667,12 @@ def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | byt
     try:
         with PIL.Image.open(path) as image:
             # load_image (EXIF orientation, RGB) and the processor are what `pipeline` uses, too
-            pixels = processor(load_image(image), do_rescale=False, do_normalize=False, return_tensors="pt")
+            pixels = processor(
+                transformers.image_utils.load_image(image),
+                do_rescale=False,
+                do_normalize=False,
+                return_tensors="pt",
+            )
             pixels = pixels["pixel_values"].numpy().tobytes()
             return {"mode": image.mode, "error": "", "pixel_values": pixels}
     except Exception as problem:  # on damaged files a decoder may raise anything
@@ -639,8 +691,9 @@ def keep_readable(pixels: Dataset) -> Dataset:
 
 
 if RUN:
-    processor = ViTImageProcessor.from_pretrained(checkpoint)
-    pixels = prepare_pixels(images, image_folder, processor, Path(settings.data_root) / "cache")
+    processor = transformers.ViTImageProcessor.from_pretrained(checkpoint)
+    with training.main_process_first(local=False):
+        pixels = prepare_pixels(images, image_folder, processor, Path(settings.data_root) / "cache")
     readable = keep_readable(pixels)
 
 # %% [markdown]
@@ -721,8 +774,8 @@ def group_images(files: list[str], pairs: pd.DataFrame) -> pd.Series:
     a, b = (pairs[name].map(row).to_numpy(int) for name in ("file_a", "file_b"))
     keep, distance = np.full(len(pairs), True), pairs["distance"].to_numpy()
     for closer in (0.75, 0.5, 0.25, 0):
-        links = coo_array((keep[keep], (a[keep], b[keep])), shape=(len(files), len(files)))
-        group = connected_components(links, directed=False)[1]
+        links = scipy.sparse.coo_array((keep[keep], (a[keep], b[keep])), shape=(len(files), len(files)))
+        group = scipy.sparse.csgraph.connected_components(links, directed=False)[1]
         large = np.bincount(group)[group] > max(50, len(files) / 10)
         keep &= ~large[a] | (distance <= closer * NEAR)
     return pd.Series(group, files)
@@ -758,7 +811,7 @@ def split_images(
     if not path.exists():
         table = {"file": files, "label": np.array(names)[labels], "split": split, "group": groups.to_numpy()}
         write_table(path, pd.DataFrame(table)[split != ""])
-    return DatasetDict({name: images.select(np.flatnonzero(split == name)) for name in SPLITS})
+    return datasets.DatasetDict({name: images.select(np.flatnonzero(split == name)) for name in SPLITS})
 
 
 def units(groups: pd.Series, settings: Settings) -> np.ndarray:
@@ -828,10 +881,10 @@ def show_splits(pairs: pd.DataFrame, groups: pd.Series, splits: DatasetDict) -> 
 
 
 if RUN:
-    report = output_dir / "report"
-    pairs = find_near_duplicates(readable, pixel_shape(processor), report / "near_duplicates.csv")
-    groups = group_images(readable["file"][:], pairs)
-    splits = split_images(readable, groups, settings, training.seed, report / "split.csv")
+    with training.main_process_first(local=False):
+        pairs = find_near_duplicates(readable, pixel_shape(processor), report / "near_duplicates.csv")
+        groups = group_images(readable["file"][:], pairs)
+        splits = split_images(readable, groups, settings, training.seed, report / "split.csv")
     show_splits(pairs, groups, splits)
 
 # %% [markdown]
@@ -849,9 +902,9 @@ def load_model(
 
     Its head is kept if it was trained on the same classes in the same order, else drawn anew from `seed`.
     """
-    id2label, config = dict(enumerate(class_names)), AutoConfig.from_pretrained(checkpoint)
+    id2label, config = dict(enumerate(class_names)), transformers.AutoConfig.from_pretrained(checkpoint)
     transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
-    model = ViTForImageClassification.from_pretrained(
+    model = transformers.ViTForImageClassification.from_pretrained(
         checkpoint,
         id2label=id2label,
         label2id={name: label for label, name in id2label.items()},
@@ -860,7 +913,7 @@ def load_model(
         use_safetensors=True,
     )
     if config.id2label != id2label:
-        set_seed(seed)
+        transformers.set_seed(seed)
         torch.nn.init.trunc_normal_(model.classifier.weight, std=config.initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
         model.config.calibration_temperature = 1.0  # or that of another head stays
@@ -898,21 +951,29 @@ if RUN:
 # %%
 def classification_scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, float]:
     """Return METRICS of int labels (n,) and guesses (n,); a class that neither has does not count."""
-    *rows, n = metrics.precision_recall_fscore_support(labels, guesses, zero_division=0)
+    *rows, n = sklearn.metrics.precision_recall_fscore_support(labels, guesses, zero_division=0)
     averages = [*np.mean(rows, axis=1), *np.average(rows, axis=1, weights=n)]  # macro, weighted
-    values = metrics.accuracy_score(labels, guesses), *averages, metrics.matthews_corrcoef(labels, guesses)
+    values = (
+        sklearn.metrics.accuracy_score(labels, guesses),
+        *averages,
+        sklearn.metrics.matthews_corrcoef(labels, guesses),
+    )
     return dict(zip(METRICS, map(float, values), strict=True))
 
 
-class Classification(evaluate.Metric):
-    """Scores by scikit-learn. Local, because `evaluate.load` would fetch code from the Hub and run it."""
+def classification_metric() -> evaluate.Metric:
+    """Return METRICS as a metric of `evaluate`. Local, because `evaluate.load` runs code from the Hub."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        labels = Features({"predictions": Value("int64"), "references": Value("int64")})
-        return evaluate.MetricInfo(description=self.__doc__, citation="", features=labels)
+    class Classification(evaluate.Metric):
+        def _info(self) -> evaluate.MetricInfo:
+            labels = datasets.Value("int64")
+            features = datasets.Features({"predictions": labels, "references": labels})
+            return evaluate.MetricInfo(description="by scikit-learn", citation="", features=features)
 
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        return classification_scores(references, predictions)
+        def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+            return classification_scores(references, predictions)
+
+    return Classification(keep_in_memory=True)
 
 
 def compute_metrics(outputs: EvalPrediction, metric: evaluate.Metric) -> dict[str, float]:
@@ -926,73 +987,79 @@ def collate(rows: list[dict], shape: tuple[int, int, int]) -> dict[str, torch.Te
     return {"pixel_values": pixels.view(-1, *shape), "labels": torch.tensor([row["label"] for row in rows])}
 
 
-class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar without its lines of raw numbers."""
+def epoch_log() -> TrainerCallback:
+    """Return what logs a line and the speed of each epoch; it raises SystemExit if a loss is not finite."""
 
-    def on_log(self, args, state, control, **kwargs):
-        pass
+    class EpochLog(transformers.TrainerCallback):
+        SHOWN = {"loss": "training loss", "eval_loss": "validation loss"}
+        SHOWN |= {"eval_accuracy": "accuracy", "eval_macro_f1": "macro F1"}
 
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            self.first_step, self.start = state.global_step, time.perf_counter()
 
-class EpochLog(TrainerCallback):
-    """One line an epoch, its speed in the log history. Raises SystemExit if the loss is not finite."""
+        def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
+            seconds = time.perf_counter() - self.start
+            images = (state.global_step - self.first_step) * images_a_step(args)
+            images = min(images, len(train_dataloader.dataset))
+            state.log_history.append({"epoch": state.epoch, "train_images": images, "train_seconds": seconds})
 
-    SHOWN = {"loss": "training loss", "eval_loss": "validation loss"}
-    SHOWN |= {"eval_accuracy": "accuracy", "eval_macro_f1": "macro F1"}
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            loss = logs.get("loss", 0.0) + logs.get("eval_loss", 0.0)
+            if not np.isfinite(loss):
+                stop(f"the loss is {loss} at step {state.global_step}", "lower --learning_rate")
+            if (
+                state.is_world_process_zero
+                and ("loss" if args.eval_strategy == "no" else "eval_loss") in logs
+            ):
+                latest = {name: value for entry in state.log_history for name, value in entry.items()}
+                known = {text: latest[name] for name, text in self.SHOWN.items() if name in latest}
+                line = ", ".join(f"{text} {value:.3f}" for text, value in known.items())
+                if "train_seconds" in latest:
+                    line += f"; {latest['train_images'] / latest['train_seconds']:.1f} images/s"
+                tqdm.write(f"epoch {state.epoch:g} of {args.num_train_epochs:g}: {line}")
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.first_step, self.start = state.global_step, time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
-        seconds = time.perf_counter() - self.start
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        images = min((state.global_step - self.first_step) * batch, len(train_dataloader.dataset))
-        state.log_history.append({"epoch": state.epoch, "train_images": images, "train_seconds": seconds})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = logs.get("loss", 0.0) + logs.get("eval_loss", 0.0)
-        if not np.isfinite(loss):
-            stop(f"the loss is {loss} at step {state.global_step}", "lower --learning_rate")
-        if state.is_world_process_zero and ("loss" if args.eval_strategy == "no" else "eval_loss") in logs:
-            latest = {name: value for entry in state.log_history for name, value in entry.items()}
-            known = {text: latest[name] for name, text in self.SHOWN.items() if name in latest}
-            line = ", ".join(f"{text} {value:.3f}" for text, value in known.items())
-            if "train_seconds" in latest:
-                line += f"; {latest['train_images'] / latest['train_seconds']:.1f} images/s"
-            tqdm.write(f"epoch {state.epoch:g} of {args.num_train_epochs:g}: {line}")
+    return EpochLog()
 
 
 def build_trainer(
-    model: ViTForImageClassification, splits: DatasetDict, processor: ViTImageProcessor, training: Training
+    model: ViTForImageClassification,
+    splits: DatasetDict,
+    processor: ViTImageProcessor,
+    training: TrainingArguments,
 ) -> Trainer:
     # The Trainer reads a checkpoint by the model's own names, but save_pretrained writes those of older
     # releases: resuming and restoring the best epoch would skip most weights (transformers issue 43701).
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     transformers.logging.set_verbosity_warning()  # from here on its warnings matter
     inputs = splits.select_columns(["pixel_values", "label"])
-    trainer = Trainer(
+    trainer = transformers.Trainer(
         model=model,
         args=training,
         train_dataset=inputs["train"],
         eval_dataset=inputs["validation"],
         data_collator=functools.partial(collate, shape=pixel_shape(processor)),
-        compute_metrics=functools.partial(compute_metrics, metric=Classification(keep_in_memory=True)),
+        compute_metrics=functools.partial(compute_metrics, metric=classification_metric()),
         processing_class=processor,
-        callbacks=[EpochLog()] + ([] if training.disable_tqdm else [ProgressBar()]),
+        callbacks=[epoch_log()],
     )
-    for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(
+        transformers.PrinterCallback
+    )  # its lines of raw numbers, and below those of the bar
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, transformers.ProgressCallback):
+            callback.on_log = lambda *_, **__: None
     return trainer
 
 
-def fine_tune(trainer: Trainer, training: Training) -> None:
+def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
     """Train, go on, or find the finished model; leave the best epoch in `trainer.model` and on disk."""
     output_dir = Path(training.output_dir)
     if (output_dir / "model.safetensors").exists():
-        trainer.state = TrainerState.load_from_json(output_dir / "trainer_state.json")
+        trainer.state = transformers.TrainerState.load_from_json(output_dir / "trainer_state.json")
         log.info("found the finished model in %s", output_dir)
         return
     if training.num_train_epochs > 0:
-        last = training.resume_from_checkpoint or get_last_checkpoint(output_dir)
+        last = training.resume_from_checkpoint or transformers.trainer_utils.get_last_checkpoint(output_dir)
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
         log.info("training on %s in %s, from %s", training.device, precision, last or "the start")
         trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
@@ -1000,7 +1067,8 @@ def fine_tune(trainer: Trainer, training: Training) -> None:
     else:
         log.info("no training, as --num_train_epochs 0 says")
     trainer.save_state()
-    save_model(trainer.model, trainer.processing_class, output_dir)
+    if MAIN:
+        save_model(trainer.model, trainer.processing_class, output_dir)
 
 
 def calibrate(trainer: Trainer) -> None:
@@ -1026,9 +1094,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     wanted[np.arange(n), labels] += 1 - 1 / (n + 2)
 
     def loss(log_temperature: float) -> float:
-        return -(wanted * log_softmax(logits.astype(float) / np.exp(log_temperature), axis=1)).sum()
+        return -(
+            wanted * scipy.special.log_softmax(logits.astype(float) / np.exp(log_temperature), axis=1)
+        ).sum()
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x))
+    return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=(-4, 4), method="bounded").x))
 
 
 def save_model(model: ViTForImageClassification, processor: ViTImageProcessor, folder: Path) -> None:
@@ -1067,7 +1137,7 @@ def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path:
         inputs = splits[name].select_columns(["pixel_values", "label"])
         outputs = trainer.predict(inputs, metric_key_prefix=name)
         trainer.save_metrics(name, outputs.metrics)
-        probabilities = softmax(outputs.predictions.astype(float), axis=1)
+        probabilities = scipy.special.softmax(outputs.predictions.astype(float), axis=1)
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
         tables.append(pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1))
@@ -1124,8 +1194,8 @@ def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: lis
     "groups", the number of groups that it rests on.
     """
     pair = predictions["label"], predictions["prediction"]
-    (tn, fp), _ = metrics.multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
-    rows = metrics.precision_recall_fscore_support(*pair, labels=class_names, zero_division=0)
+    (tn, fp), _ = sklearn.metrics.multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
+    rows = sklearn.metrics.precision_recall_fscore_support(*pair, labels=class_names, zero_division=0)
     table = pd.DataFrame(rows, ["precision", "recall", "f1", "n"], class_names).T.astype({"n": int})
     table.insert(2, "specificity", tn / np.maximum(tn + fp, 1))
     result = table.to_dict(orient="index")
@@ -1139,7 +1209,7 @@ def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: lis
 
 def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Return softmax(logits / temperature), (n, classes), for probabilities that are softmax(logits)."""
-    return softmax(np.log(probabilities.clip(1e-38)) / temperature, axis=1)
+    return scipy.special.softmax(np.log(probabilities.clip(1e-38)) / temperature, axis=1)
 
 
 def calibration(labels: np.ndarray, probabilities: np.ndarray, temperature: float) -> dict[str, float]:
@@ -1202,7 +1272,8 @@ def summarise(
     results["speed"] = measured_speed(trainer, splits["train"])
     results["settings"] = record["settings"] | record["training"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else trainer.args.device.type
-    results["versions"] = versions() | {"device": f"{device}, {os.cpu_count()} CPU cores"}
+    where = f"{device}, {os.cpu_count()} CPU cores, {trainer.args.world_size} processes"
+    results["versions"] = versions() | {"device": where.removesuffix(", 1 processes")}
     write_json(path, results)
     return results
 
@@ -1259,7 +1330,7 @@ if RUN:
 # %%
 def cross_validate(
     splits: DatasetDict, groups: pd.Series, processor: ViTImageProcessor, settings: Settings,
-    training: Training,
+    training: TrainingArguments,
 ) -> dict[str, Any]:  # fmt: skip
     """Return {"folds": K, metric: {"mean", "sd"}}; report/cross_validation.csv has every image's prediction.
 
@@ -1276,16 +1347,18 @@ def cross_validate(
         options, folder = copy.copy(training), output_dir / f"fold-{fold + 1}-of-{folds}"
         options.output_dir, options.push_to_hub, options.resume_from_checkpoint = str(folder), False, None
         role = np.select([fold_of == fold, fold_of == (fold + 1) % folds], ["test", "validation"], "train")
-        parts = DatasetDict({name: images.select(np.flatnonzero(role == name)) for name in SPLITS})
-        if not (kept := folder / "predictions.csv").exists():
+        parts = datasets.DatasetDict({name: images.select(np.flatnonzero(role == name)) for name in SPLITS})
+        if (kept := folder / "predictions.csv").exists():
+            table = read_table(kept)
+        else:
             log.info("fold %s of %s", fold + 1, folds)
             model = load_model(settings.model_name_or_path, class_names, processor, training.seed)
             trainer = build_trainer(model, parts, processor, options)
             fine_tune(trainer, options)
-            predict(trainer, parts, ("test",), kept)
-        for file in {*folder.iterdir()} - {kept}:
+            table = predict(trainer, parts, ("test",), kept)
+        for file in {*folder.iterdir()} - {kept} if MAIN else ():
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-        tables.append(read_table(kept).assign(split=f"fold {fold + 1}"))
+        tables.append(table.assign(split=f"fold {fold + 1}"))
         scores.append(calculate(*truth_of(tables[-1], class_names)))
     write_table(output_dir / "report" / "cross_validation.csv", pd.concat(tables))
     spread = pd.DataFrame(scores).agg(["mean", "std"]).rename({"std": "sd"}).to_dict()
@@ -1300,17 +1373,22 @@ def evaluate_external(
     """Return the scores on images from elsewhere; external-NAME-KEY.csv in `report` has the predictions."""
     folder, shape = Path(settings.external_dir).resolve(), pixel_shape(trainer.processing_class)
     class_names = external.features["label"].names
-    pixels = prepare_pixels(external, folder, trainer.processing_class, Path(settings.data_root) / "cache")
-    pixels = keep_readable(pixels)
-    name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
-    seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
-    twins = compare(thumbnails(pixels, shape), seen)["a"].unique()
-    new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
-    if not len(new):
-        stop(f"{folder} has only near-duplicates of training images", "leave --external_dir out")
-    pairs = find_near_duplicates(new, shape, report / f"near_duplicates-{name}.csv")
+    with trainer.args.main_process_first(local=False):
+        pixels = prepare_pixels(
+            external, folder, trainer.processing_class, Path(settings.data_root) / "cache"
+        )
+        pixels = keep_readable(pixels)
+        name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
+        seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
+        twins = compare(thumbnails(pixels, shape), seen)["a"].unique()
+        new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
+        if not len(new):
+            stop(f"{folder} has only near-duplicates of training images", "leave --external_dir out")
+        pairs = find_near_duplicates(new, shape, report / f"near_duplicates-{name}.csv")
     groups = group_images(new["file"][:], pairs)
-    predictions = predict(trainer, DatasetDict(external=new), ("external",), report / f"external-{name}.csv")
+    predictions = predict(
+        trainer, datasets.DatasetDict(external=new), ("external",), report / f"external-{name}.csv"
+    )
     scores = score(predictions, groups, class_names)
     text = "accuracy {value:.3f}, 95 %% interval {low:.3f} to {high:.3f}".format(**scores["accuracy"])
     log.info("%s: " + text + ", n = %s, without %s near-duplicates", folder.name, len(new), len(twins))
@@ -1338,10 +1416,12 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe
 
 def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
     """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class."""
-    counts = metrics.confusion_matrix(predictions["label"], predictions["prediction"], labels=class_names)
+    counts = sklearn.metrics.confusion_matrix(
+        predictions["label"], predictions["prediction"], labels=class_names
+    )
     shares, few = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), len(class_names) <= 12
     size = 3.2 + (0.7 if few else 0.36) * len(class_names)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right", rotation_mode="anchor")
@@ -1358,7 +1438,7 @@ def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> 
 def draw_training_curves(log_history: list[dict]) -> Figure:
     """Draw losses and validation scores by epoch."""
     history = pd.DataFrame(log_history).groupby("epoch").first()
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, column, label, style, colour in (
         (left, "loss", "training loss", "s-", ORANGE),
@@ -1378,7 +1458,7 @@ def draw_training_curves(log_history: list[dict]) -> Figure:
 def draw_class_bars(per_class: dict[str, dict]) -> Figure:
     """Draw the recall of each class that was tested, with its 95 % interval, and its precision."""
     table = pd.DataFrame({f"{name} ({row['n']})": row for name, row in per_class.items() if row["n"]}).T[::-1]
-    figure = Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
     axes = figure.subplots()
     reach = table["recall"] - table["recall_low"], table["recall_high"] - table["recall"]
     axes.barh(table.index, table["recall"], color=BLUE, alpha=0.5, label="recall (sensitivity)")
@@ -1394,7 +1474,7 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
 def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature: float) -> Figure:
     """Draw how often the model is right by its probability, before and after the temperature, by coverage."""
     right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
     left, other = figure.subplots(1, 2)
     for name, values, style, colour in (
         ("before", temper(probabilities, 1 / temperature).max(1), "s--", ORANGE),
@@ -1417,7 +1497,7 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature:
 
 def draw_pairs(left: np.ndarray, right: np.ndarray, captions: list[str]) -> Figure:
     """Draw pictures, uint8 (n, height, width, 3), two and two side by side, three pairs a row."""
-    figure = Figure(figsize=(10, 2.1 * -(-len(left) // 3)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(10, 2.1 * -(-len(left) // 3)), layout="constrained")
     grid = figure.subplots(-(-len(left) // 3), 3, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
@@ -1441,7 +1521,7 @@ def draw_examples(
     """Draw predicted images, each beside itself with the model's attention over it: yellow is much."""
     pixels = pixels_of(predictions["file"], images, shape)
     maps = attention_rollout(model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
-    seen = (0.4 * pixels + 0.6 * 255 * colormaps["viridis"](maps)[..., :3]).astype(np.uint8)
+    seen = (0.4 * pixels + 0.6 * 255 * matplotlib.colormaps["viridis"](maps)[..., :3]).astype(np.uint8)
     columns = predictions["label"], predictions["prediction"], predictions[class_names].max(axis=1)
     captions = [f"true: {true}\npredicted: {guess}, {p:.0%}" for true, guess, p in zip(*columns, strict=True)]
     return draw_pairs(pixels, seen, captions)
@@ -1484,13 +1564,13 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     shown = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
     task, where = "image-classification", {"dataset_type": "imagefolder", "dataset_split": "test"}
     eval_results = [
-        EvalResult(
+        hub.EvalResult(
             task_type=task, dataset_name=names["data"], **where, metric_type=kind,
             metric_name=name.replace("_", " "), metric_value=round(results["test"][name]["value"], 4),
         )
         for name, kind in shown.items()
     ]  # fmt: skip
-    card_data = ModelCardData(
+    card_data = hub.ModelCardData(
         library_name="transformers", pipeline_tag=task, tags=["vision", "vit"], metrics=list(shown.values()),
         base_model=None if Path(base).exists() else base, eval_results=eval_results,
         model_name=f"{names['base']} fine-tuned on {names['data']}",
@@ -1503,12 +1583,13 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     later |= {"external_dir": results.get("external", {}).get("folder")}
     command = command_of(results["settings"] | later)
     more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command}
-    return ModelCard.from_template(card_data, template, **more, **results)
+    return hub.ModelCard.from_template(card_data, template, **more, **results)
 
 
 def command_of(settings: dict) -> str:
     """Return the command line of recorded settings: those that are not the defaults."""
-    usual, words = dataclasses.asdict(Settings()) | Training().to_dict(), ["python", "finetune_vit.py"]
+    usual, words = read_settings([]), ["python", "finetune_vit.py"]
+    usual = dataclasses.asdict(usual[0]) | usual[1].to_dict()
     for key, value in settings.items():
         if isinstance(value, list) and value != usual[key]:
             words += [f"--{key}", *(value or ["none"])]
@@ -1558,5 +1639,5 @@ def write_report(
     log.info("model and model card: %s; numbers and pictures: %s", output_dir, report)
 
 
-if RUN:
+if RUN and MAIN:
     write_report(results, predictions, pairs, readable, trainer, image_folder)

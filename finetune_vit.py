@@ -36,14 +36,16 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from lzma import LZMAError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import simplejpeg
 import yaml
 from tqdm.auto import tqdm
 
@@ -82,6 +84,7 @@ MAIN = (
 )  # of the processes that torchrun starts, the one that writes and speaks
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 SPLITS = ("train", "validation", "test")
+AUGMENTATIONS = ("flip", "turn", "crop", "colour")
 METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
 COLUMNS = ("file", "split", "label", "prediction")  # of predictions.csv, before one a class
@@ -173,6 +176,7 @@ class Settings:
     split_by: str = setting(
         "near-duplicates", "near-duplicates (keeps them together), random, or a CSV file: file, split.", "HOW"
     )
+    augment: str = setting("", "Training images vary by any of flip,turn,crop,colour.", "KINDS")
     evaluate_train: bool = setting(False, "Report the metrics on the training images as well.")
     cross_validate: int = setting(0, "Train K more models on K folds; report mean and spread.", "K")
     external_dir: str | None = setting(None, "Folder of class folders to test on as well.", "FOLDER")
@@ -181,22 +185,22 @@ class Settings:
 TRAINING = {  # fields of transformers.TrainingArguments: our default, help, name of the value
     "output_dir": ("model", "Folder for the model, its checkpoints, card and report.", "FOLDER"),
     "num_train_epochs": (5.0, "Passes over the training images; 0 only evaluates.", "N"),
-    "learning_rate": (None, "Peak rate of AdamW; default: 2e-5 * (images a step / 16) ** 0.5.", "RATE"),
+    "learning_rate": (None, "Peak rate of AdamW; None: 2e-5 * (images a step / 16) ** 0.5.", "RATE"),
     "warmup_steps": (0.1, "Learning-rate warm-up: share of steps if below 1, else steps.", "N"),
     "weight_decay": (0.01, "Decoupled weight decay of AdamW, but for biases and norms.", "RATE"),
     "per_device_train_batch_size": (32, "Images a training step, on each device.", "N"),
     "per_device_eval_batch_size": (64, "Images an evaluation step, on each device.", "N"),
     "seed": (42, "Seed of the split, the new head and the order of the images.", "N"),
-    "bf16": (None, "bfloat16 mixed precision; default: where fast.", "BOOL"),
-    "fp16": (None, "float16 mixed precision; default: old GPUs.", "BOOL"),
+    "bf16": (None, "bfloat16 mixed precision; None: where it is fast.", "BOOL"),
+    "fp16": (None, "float16 mixed precision; None: on old GPUs.", "BOOL"),
     "eval_strategy": ("epoch", "When to evaluate on the validation images.", "epoch|steps|no"),
     "save_strategy": ("epoch", "When to save a checkpoint.", "epoch|steps|no"),
     "logging_strategy": ("epoch", "When to log the training loss.", "epoch|steps|no"),
     "save_total_limit": (2, "Checkpoints to keep, the best one among them.", "N"),
     "load_best_model_at_end": (True, "End with the best epoch instead of the last one.", "BOOL"),
     "metric_for_best_model": ("macro_f1", "Validation metric of the best epoch.", "METRIC"),
-    "report_to": (None, "Loggers, or none; default: tensorboard.", "TOOL"),
-    "resume_from_checkpoint": (None, "Checkpoint to go on from; default: newest.", "FOLDER"),
+    "report_to": (None, "Loggers, or none; None: tensorboard, if installed.", "TOOL"),
+    "resume_from_checkpoint": (None, "Checkpoint to go on from; None: the newest.", "FOLDER"),
     "ddp_find_unused_parameters": (False, argparse.SUPPRESS, None),  # a ViT has none
     "ddp_timeout": (4 * 3600, argparse.SUPPRESS, None),  # seconds: other processes wait for the download
 }
@@ -274,7 +278,7 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     if (
         training.learning_rate is None
     ):  # Malladi et al. 2022, arXiv 2205.10287: Adam's rate, square root of the batch
-        training.learning_rate = 2e-5 * (images_a_step(training) / 16) ** 0.5
+        training.learning_rate = float(f"{2e-5 * (images_a_step(training) / 16) ** 0.5:.3g}")
     return settings, training
 
 
@@ -337,6 +341,8 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
         stop(f"--cross_validate is {settings.cross_validate}", remedy)
     if settings.cross_validate and settings.split_by not in ("near-duplicates", "random"):
         stop("--cross_validate cannot make folds from a CSV file", "use --split_by near-duplicates or random")
+    if wrong := sorted(set(settings.augment.split(",")) - {"", *AUGMENTATIONS}):
+        stop(f"--augment does not know {wrong[0]}", f"give any of {','.join(AUGMENTATIONS)}")
     if training.resume_from_checkpoint is not None and not Path(training.resume_from_checkpoint).is_dir():
         stop(f"--resume_from_checkpoint {training.resume_from_checkpoint} is not a folder", "leave it out")
     metric = str(training.metric_for_best_model).removeprefix("eval_")
@@ -362,8 +368,8 @@ if RUN:
 # %%
 # These may change between two runs in one folder: where things lie, how they are shown, what computes them.
 MAY_DIFFER = """accelerator auto_find bf16 cross_validate data_root dataloader ddp disable do_ evaluate_train
-external_dir fp16 hub_ include local_rank log output_dir per_device_eval project push report_to resume
-run_name save_ tf32 torch_compile trackio use_cpu""".split()
+external_dir fp16 gradient_accumulation hub_ include local_rank log output_dir per_device project push
+report_to resume run_name save_ tf32 torch_compile trackio use_cpu""".split()
 
 
 def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
@@ -373,7 +379,7 @@ def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
     transformers.logging.disable_progress_bar()  # for reading and writing weights: a second, but many lines
     output_dir = Path(training.output_dir)
     record = {"settings": dataclasses.asdict(settings), "training": training.to_dict()}
-    record["versions"] = versions()
+    record |= {"derived": {"images_a_step": images_a_step(training)}, "versions": versions()}
     if "__file__" in globals():
         record["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     path = output_dir / "settings.json"
@@ -396,7 +402,7 @@ def refuse_changes(before: dict, now: dict, output_dir: Path) -> None:
     """Raise SystemExit if a setting that decides the result differs between two records."""
     changed = [
         f"{key} was {before[part][key]}, is {now[part][key]}"
-        for part in ("settings", "training")
+        for part in ("settings", "training", "derived")
         for key in sorted(before[part].keys() & now[part].keys())
         if before[part][key] != now[part][key] and not key.startswith(tuple(MAY_DIFFER))
     ]
@@ -656,9 +662,12 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
 
 
 def decode_files(files: list[str], folder: Path, processor: ViTImageProcessor) -> dict[str, list]:
-    """Decode on all cores: Pillow works outside Python's lock, and threads suit a notebook."""
+    """Decode on all cores: decoders work outside Python's lock, and threads suit a notebook."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for one image: the images go to all cores
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(lambda file: decode_file(folder / file, processor), files))
+    torch.set_num_threads(threads)
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -666,17 +675,40 @@ def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | byt
     """Return the mode, error and pixels of one file, see `prepare_pixels`; never raises."""
     try:
         with PIL.Image.open(path) as image:
-            # load_image (EXIF orientation, RGB) and the processor are what `pipeline` uses, too
-            pixels = processor(
-                transformers.image_utils.load_image(image),
-                do_rescale=False,
-                do_normalize=False,
-                return_tensors="pt",
-            )
-            pixels = pixels["pixel_values"].numpy().tobytes()
-            return {"mode": image.mode, "error": "", "pixel_values": pixels}
+            pixels = resize(read_rgb(image, path), processor)
+            return {"mode": image.mode, "error": "", "pixel_values": pixels.numpy().tobytes()}
     except Exception as problem:  # on damaged files a decoder may raise anything
         return {"mode": "", "error": f"{type(problem).__name__}: {problem}", "pixel_values": None}
+
+
+def read_rgb(image: PIL.Image.Image, path: Path) -> np.ndarray:
+    """Return an image upright and in RGB, uint8 (height, width, 3), as `load_image` of `pipeline` does.
+
+    Plain JPEGs take a shorter road to the same pixels; of those that it finds damaged Pillow decides.
+    """
+    upright = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
+    if image.format == "JPEG" and image.mode == "RGB" and upright:
+        with suppress(ValueError):
+            return simplejpeg.decode_jpeg(path.read_bytes())
+    return np.array(transformers.image_utils.load_image(image))
+
+
+def resize(rgb: np.ndarray, processor: ViTImageProcessor) -> torch.Tensor:
+    """Return uint8 (channels, height, width) of what `processor` makes of it before it rescales.
+
+    Shrinking alone is done as its torchvision back end does it, but without torchvision. Its Pillow back end,
+    which takes three times as long, rounds two values in a thousand the other way, by one grey level.
+    """
+    numbers, modes = processor.to_dict(), {2: "bilinear", 3: "bicubic"}
+    shape = [numbers["size"].get(name) or np.inf for name in ("height", "width")]
+    plain = numbers["do_resize"] and not numbers.get("do_center_crop") and numbers["resample"] in modes
+    if not plain or rgb.shape[0] < shape[0] or rgb.shape[1] < shape[1]:
+        inputs = processor(
+            PIL.Image.fromarray(rgb), do_rescale=False, do_normalize=False, return_tensors="pt"
+        )
+        return inputs["pixel_values"][0]
+    image, mode = torch.from_numpy(rgb).permute(2, 0, 1)[None], modes[numbers["resample"]]
+    return torch.nn.functional.interpolate(image, shape, mode=mode, antialias=True)[0]
 
 
 def keep_readable(pixels: Dataset) -> Dataset:
@@ -891,16 +923,18 @@ if RUN:
 # ## 6 · Model
 # The pretrained ViT with a new head for our classes. Its weights are float32 whatever the checkpoint holds:
 # mixed precision computes in 16 bits, but small updates would vanish in 16-bit weights. A hook rescales and
-# normalises the cached uint8 pixels on the device: one place for training and evaluation.
+# normalises the cached uint8 pixels on the device: one place for training and evaluation. While the model
+# trains, it also varies each image as `--augment` says.
 
 
 # %%
 def load_model(
-    checkpoint: str, class_names: list[str], processor: ViTImageProcessor, seed: int
+    checkpoint: str, class_names: list[str], processor: ViTImageProcessor, seed: int, kinds: str = ""
 ) -> ViTForImageClassification:
     """Return the checkpoint as a float32 classifier of uint8 `pixel_values` (n, channels, height, width).
 
     Its head is kept if it was trained on the same classes in the same order, else drawn anew from `seed`.
+    `kinds` of augmentation, see `augment`, vary the images while it trains.
     """
     id2label, config = dict(enumerate(class_names)), transformers.AutoConfig.from_pretrained(checkpoint)
     transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
@@ -919,11 +953,13 @@ def load_model(
         model.config.calibration_temperature = 1.0  # or that of another head stays
     head = "its own" if config.id2label == id2label else "a new"
     log.info("%s: %.1f million parameters, %s head", checkpoint, model.num_parameters() / 1e6, head)
-    normalise_on_device(model, processor)
+    normalise_on_device(model, processor, kinds)
     return model
 
 
-def normalise_on_device(model: ViTForImageClassification, processor: ViTImageProcessor) -> None:
+def normalise_on_device(
+    model: ViTForImageClassification, processor: ViTImageProcessor, kinds: str = ""
+) -> None:
     """Let `model` turn uint8 pixels into what `processor` would make of them; floats pass unchanged."""
     scale = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
@@ -932,14 +968,45 @@ def normalise_on_device(model: ViTForImageClassification, processor: ViTImagePro
 
     def normalise(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kwargs["pixel_values"].dtype == torch.uint8:  # ViT would take them as they are and learn little
-            kwargs["pixel_values"] = (kwargs["pixel_values"] - module.pixel_mean) / module.pixel_std
+            pixels = (
+                augment(kwargs["pixel_values"], kinds)
+                if module.training and kinds
+                else kwargs["pixel_values"]
+            )
+            kwargs["pixel_values"] = (pixels - module.pixel_mean) / module.pixel_std
         return args, kwargs
 
     model.register_forward_pre_hook(normalise, with_kwargs=True)
 
 
+def augment(pixels: torch.Tensor, kinds: str) -> torch.Tensor:
+    """Return the images, float32 (n, channels, size, size) from uint8, each varied by draws of its own.
+
+    flip: mirrored, one in two. turn: by 0 to 3 quarters. crop: a square of 0.8 to 1 of the side, anywhere,
+    enlarged. colour: saturation, contrast and brightness, each times 0.8 to 1.2. All on the device, without
+    waiting for it; geometry in one step of interpolation, exact where there is no crop.
+    """
+
+    def draw(kind: str, low: float, high: float, off: float) -> torch.Tensor:
+        values = torch.empty(len(pixels), device=pixels.device)
+        return values.uniform_(low, high) if kind in kinds else values.fill_(off)
+
+    mirror, quarter = draw("flip", -1, 1, 1).sign(), draw("turn", 0, 4, 0).floor() * (torch.pi / 2)
+    side = draw("crop", 0.8, 1, 1)
+    left, top = (draw("crop", -1, 1, 0) * (1 - side) for _ in range(2))
+    cos, sin = side * quarter.cos(), side * quarter.sin()
+    rows = torch.stack([mirror * cos, -sin, left, mirror * sin, cos, top], dim=1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(rows, pixels.shape, align_corners=False)
+    images = torch.nn.functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    if "colour" in kinds:
+        saturation, contrast, brightness = (draw("colour", 0.8, 1.2, 1).view(-1, 1, 1, 1) for _ in range(3))
+        images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
+        images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast) * brightness
+    return images.clamp(0, 255)
+
+
 if RUN:
-    model = load_model(checkpoint, class_names, processor, training.seed)
+    model = load_model(checkpoint, class_names, processor, training.seed, settings.augment)
 
 # %% [markdown]
 # ## 7 · Fine-tune
@@ -976,8 +1043,9 @@ def classification_metric() -> evaluate.Metric:
     return Classification(keep_in_memory=True)
 
 
-def compute_metrics(outputs: EvalPrediction, metric: evaluate.Metric) -> dict[str, float]:
+def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
     """Score logits (n, classes) against labels (n,)."""
+    metric = classification_metric()
     return metric.compute(predictions=outputs.predictions.argmax(-1), references=outputs.label_ids)
 
 
@@ -1031,6 +1099,8 @@ def build_trainer(
     # releases: resuming and restoring the best epoch would skip most weights (transformers issue 43701).
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     transformers.logging.set_verbosity_warning()  # from here on its warnings matter
+    if training.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        model.set_attn_implementation("eager")  # plain matrix products are what AMX is fast at
     inputs = splits.select_columns(["pixel_values", "label"])
     trainer = transformers.Trainer(
         model=model,
@@ -1038,7 +1108,7 @@ def build_trainer(
         train_dataset=inputs["train"],
         eval_dataset=inputs["validation"],
         data_collator=functools.partial(collate, shape=pixel_shape(processor)),
-        compute_metrics=functools.partial(compute_metrics, metric=classification_metric()),
+        compute_metrics=compute_metrics,
         processing_class=processor,
         callbacks=[epoch_log()],
     )
@@ -1062,7 +1132,15 @@ def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
         last = training.resume_from_checkpoint or transformers.trainer_utils.get_last_checkpoint(output_dir)
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
         log.info("training on %s in %s, from %s", training.device, precision, last or "the start")
-        trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
+        try:
+            trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
+        except torch.OutOfMemoryError as problem:
+            batch, steps = (
+                -(-training.per_device_train_batch_size // 2),
+                2 * training.gradient_accumulation_steps,
+            )
+            remedy = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {steps} need half"
+            stop(str(problem).split(".")[0], f"{remedy} of it and train the same")
         calibrate(trainer)
     else:
         log.info("no training, as --num_train_epochs 0 says")
@@ -1352,7 +1430,10 @@ def cross_validate(
             table = read_table(kept)
         else:
             log.info("fold %s of %s", fold + 1, folds)
-            model = load_model(settings.model_name_or_path, class_names, processor, training.seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            model = load_model(
+                settings.model_name_or_path, class_names, processor, training.seed, settings.augment
+            )
             trainer = build_trainer(model, parts, processor, options)
             fine_tune(trainer, options)
             table = predict(trainer, parts, ("test",), kept)

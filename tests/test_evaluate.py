@@ -12,7 +12,14 @@ from scipy.stats import beta, bootstrap
 from sklearn import metrics
 from transformers import ViTImageProcessor
 
-from finetune_vit import METRICS, Classification, build_trainer, calculate, calibration, calibration_error
+from finetune_vit import (
+    METRICS,
+    build_trainer,
+    calculate,
+    calibration,
+    calibration_error,
+    classification_metric,
+)
 from finetune_vit import cover_shortcuts, intervals, load_model, predict, read_settings, score, score_classes
 from finetune_vit import summarise, temper
 
@@ -150,7 +157,7 @@ def test_calibration_before_and_after_and_coverage():
 
 def test_metric_needs_no_network_and_no_files(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    metric = Classification(keep_in_memory=True, cache_dir=str(tmp_path))
+    metric = classification_metric()
     for _ in range(2):
         assert metric.compute(predictions=[0, 1, 1], references=[0, 1, 0])["accuracy"] == pytest.approx(2 / 3)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -32,7 +32,8 @@ def start(tmp_path, make_images, tiny_vit):
     def build(name, *flags):
         settings, training = read_settings([
             "--data_dir", str(folder), "--output_dir", str(tmp_path / name), "--learning_rate", "5e-3",
-            "--num_train_epochs", "4", "--bf16", "false", "--report_to", "none", *flags,
+            "--num_train_epochs", "4", "--bf16", "false", "--report_to", "none",
+            "--per_device_train_batch_size", "16", *flags,
         ])  # fmt: skip
         groups = pd.Series(range(len(images)), images["file"][:])
         splits = split_images(images, groups, settings, training.seed, tmp_path / name / "split.csv")
@@ -90,6 +91,20 @@ def test_the_best_epoch_is_restored(tmp_path, start):
     for name, value in trainer.model.state_dict().items():
         assert torch.allclose(saved[name], best[name], rtol=1e-6) and torch.equal(value.cpu(), whole[name])
         assert not torch.equal(best[name], last[name])
+
+
+def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch):
+    trainer, training = start("model", "--gradient_accumulation_steps", "2")
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer, "training_step", run_out)
+    line = (
+        "CUDA out of memory; --per_device_train_batch_size 8 --gradient_accumulation_steps 4 need half of it"
+    )
+    with pytest.raises(SystemExit, match=f"error: {line} and train the same"):
+        fine_tune(trainer, training)
 
 
 def log_loss(logits, labels):

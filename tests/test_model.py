@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from finetune_vit import load_model
+from finetune_vit import augment, load_model
 
 NAMES = ["blue", "green", "red"]
 
@@ -67,6 +67,66 @@ def test_steps_that_the_processor_leaves_out_are_left_out(tiny_vit, option):
     model(pixel_values=pixels)
     expected = processor(image, return_tensors="pt")["pixel_values"]
     assert torch.allclose(seen[0], expected.float(), atol=1e-4)
+
+
+def variants(images, turns=range(4)):
+    """All mirrored and turned forms of images, (mirrored, turn, ...)."""
+    return torch.stack([
+        torch.stack([torch.rot90(form, turn, (2, 3)) for turn in turns]) for form in (images, images.flip(3))
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds, mirrored, turns", [("flip", 2, 1), ("turn", 1, 4), ("flip,turn", 2, 4)])
+def test_each_image_is_mirrored_and_turned_by_a_draw_of_its_own(kinds, mirrored, turns):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (160, 3, 14, 14), dtype=torch.uint8)
+    result = augment(images, kinds)
+    assert result.dtype == torch.float32 and result.shape == images.shape
+    gap = (variants(images.float()) - result).abs().amax((3, 4, 5))  # (mirrored, turn, image)
+    assert (gap.flatten(0, 1).min(0).values < 0.05).all()  # of 255 grey levels
+    count = (gap < 0.05).sum(2)
+    assert (count[:mirrored, :turns] >= 0.6 * 160 / mirrored / turns).all()
+    assert count[:mirrored, :turns].sum() == 160
+
+
+def test_crops_are_squares_of_the_picture_enlarged():
+    torch.manual_seed(0)
+    ramp = torch.arange(224, dtype=torch.uint8).expand(200, 3, 224, 224)  # a pixel's value is its column
+    result = augment(ramp, "crop")
+    left, right = result[:, 0, 100, 2], result[:, 0, 100, -3]
+    side = (right - left) / (224 - 5)
+    assert 0.79 < side.min() < 0.82 and 0.98 < side.max() < 1.01
+    assert left.min() < 4 and right.max() > 219 and (result[:, 0, 0] - result[:, 0, -1]).abs().max() < 0.1
+    upright = augment(ramp.transpose(2, 3), "crop")
+    assert 0.79 < ((upright[:, 0, -3, 9] - upright[:, 0, 2, 9]) / (224 - 5)).min() < 0.82
+
+
+def test_colours_change_by_a_fifth_at_most():
+    torch.manual_seed(0)
+    grey = torch.full((300, 3, 8, 8), 100, dtype=torch.uint8)  # no saturation, no contrast: brightness alone
+    result = augment(grey, "colour")
+    assert (result == result[:, :1, :1, :1]).all()
+    level = result[:, 0, 0, 0]
+    assert 80 <= level.min() < 82 and 118 < level.max() <= 120 and 99 < level.mean() < 101
+    red = torch.tensor([200, 50, 50], dtype=torch.uint8).view(1, 3, 1, 1).expand(300, 3, 8, 8)
+    result = augment(red, "colour")[:, :, 0, 0]
+    ratio = (result[:, 0] - result[:, 1]) / result.mean(1) / (150 / 100)
+    assert 0.8 * 0.8 <= ratio.min() < 0.8 and 1.2 < ratio.max() <= 1.2 * 1.2
+    assert augment(torch.full_like(grey, 255), "colour").max() == 255
+
+
+def test_images_vary_while_the_model_trains_and_only_then(tiny_vit, processor):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8))
+    varied = load_model(str(tiny_vit), NAMES, processor, 42, "flip,turn,crop,colour")
+    plain, seen = load(tiny_vit, processor), []
+    varied.vit.embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    plain.vit.embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for model, training in ((varied, True), (varied, True), (varied, False), (plain, True)):
+        torch.manual_seed(0)
+        model.train(training)(pixel_values=pixels)
+    first, second, evaluated, untouched = seen
+    assert torch.equal(first, second)  # the same draws from the same seed
+    assert (first - untouched).abs().mean() > 0.1 and torch.equal(evaluated, untouched)
 
 
 def test_normalisation_is_not_saved_with_the_weights(tmp_path, tiny_vit, processor):

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import finetune_vit
 from finetune_vit import collate, keep_readable, load_images, normalise_on_device, pixel_shape, prepare_pixels
+from finetune_vit import read_rgb, resize
 
 PROCESSORS = {  # those of the two checkpoints that we develop with
     "bilinear, 0.5": {"resample": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
@@ -67,6 +68,27 @@ def test_pixels_reach_the_model_as_the_processor_makes_them(tmp_path, kinds, num
         upright = PIL.ImageOps.exif_transpose(Image.open(kinds / file)).convert("RGB")
         theirs = processor(upright, return_tensors="pt")["pixel_values"][0]
         assert (ours - theirs).abs().max() < 0.01, file
+
+
+@pytest.mark.parametrize("size", [(720, 576), (300, 211), (211, 300), (40, 36)])
+@pytest.mark.parametrize("resample", [2, 3])
+def test_a_photo_becomes_what_the_processor_makes_of_it(tmp_path, size, resample):
+    path, processor = tmp_path / "photo.jpg", ViTImageProcessor(resample=resample)
+    draw((90, 140, 200), np.random.default_rng(0), size).save(path, quality=90)
+    with Image.open(path) as image:
+        rgb = read_rgb(image, path)
+        assert np.array_equal(rgb, np.array(image.convert("RGB")))
+        theirs = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][
+            0
+        ]
+    levels = (resize(rgb, processor).int() - theirs.int()).abs()
+    assert levels.max() <= 1 and levels.float().mean() < 0.01
+
+
+def test_preparing_leaves_the_threads_of_torch_alone(tmp_path, make_images, processor):
+    before = torch.get_num_threads()
+    prepare(make_images(), processor, tmp_path / "cache")
+    assert torch.get_num_threads() == before
 
 
 def test_other_kinds_of_image_are_converted_and_counted(tmp_path, kinds, processor, caplog):

@@ -1,13 +1,15 @@
 """Step 0: the command line, the YAML file, and the mistakes that people make in them."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, run_script
 
 import finetune_vit
-from finetune_vit import Settings, Training, choose_precision, read_settings
+from finetune_vit import TRAINING, Settings, choose_precision, images_a_step, read_settings
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def test_defaults_are_the_tutorials_job():
         0.15,
         "near-duplicates",
     )
-    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 16)
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 32)
     assert training.output_dir == "model" and training.load_best_model_at_end
 
 
@@ -63,6 +65,7 @@ BAD = [
     (["--test_size", "0.6", "--validation_size", "0.5"], "less than 1"),
     (["--validation_size", "-0.1"], "validation_size"),
     (["--data_dir", "no/such/folder"], "no/such/folder is not a folder"),
+    (["--augment", "flip,rotate"], "--augment does not know rotate; give any of flip,turn,crop,colour"),
     (["--split_by", "no.csv"], "no.csv is not a file; give near-duplicates, random"),
     (["--cross_validate", "2"], "cross_validate is 2; give 3 or more"),
     (["--cross_validate", "-5"], "cross_validate is -5"),
@@ -119,8 +122,8 @@ def test_error_goes_to_standard_error_without_a_traceback():
 
 def test_help_explains_our_settings_with_defaults_and_hides_the_rest():
     text = " ".join(run_script("--help").stdout.split())
-    for name in [*Settings.__annotations__, *Training.__annotations__]:
-        if name not in ("logging_nan_inf_filter", "remove_unused_columns"):
+    for name in [*Settings.__annotations__, *TRAINING]:
+        if not name.startswith("ddp_"):
             assert re.search(rf"--{name} .+?\(default: .+?\)", text), name
     assert "--adam_beta1" not in text and "no_load_best" not in text and len(text) < 5000
 
@@ -142,6 +145,29 @@ def test_precision_follows_the_hardware(monkeypatch, device_type, capability, am
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     assert choose_precision(device_type) == expected
+
+
+@pytest.mark.parametrize(
+    "flags, images, rate",
+    [
+        ([], 32, 2.83e-5),
+        (["--per_device_train_batch_size", "16"], 16, 2e-5),
+        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 4e-5),
+        (["--per_device_train_batch_size", "64", "--learning_rate", "1e-4"], 64, 1e-4),
+    ],
+)
+def test_learning_rate_follows_the_images_a_step(folder, flags, images, rate):
+    _, training = read_settings([*folder, *flags])
+    assert images_a_step(training) == images
+    assert training.learning_rate == rate
+
+
+def test_import_is_light():
+    code = "import sys, finetune_vit; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "datasets", "evaluate", "pandas", "sklearn", "scipy", "matplotlib"}
+    assert not heavy & set(done.stdout.split())
+    assert "finetune_vit" in done.stdout.split()
 
 
 def test_import_runs_nothing():

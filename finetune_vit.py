@@ -66,22 +66,16 @@ class Lazy:
         self.name = name
 
     def __getattr__(self, name: str) -> Any:
-        package = importlib.import_module(self.name)
-        return (
-            getattr(package, name)
-            if hasattr(package, name)
-            else importlib.import_module(f"{self.name}.{name}")
-        )
+        return getattr(importlib.import_module(self.name), name)
 
 
-datasets, evaluate, hub, matplotlib = map(Lazy, ("datasets", "evaluate", "huggingface_hub", "matplotlib"))
-pd, scipy, sklearn, torch, transformers = map(Lazy, ("pandas", "scipy", "sklearn", "torch", "transformers"))
+datasets, evaluate, hub, transformers = map(Lazy, ("datasets", "evaluate", "huggingface_hub", "transformers"))
+matplotlib, plot, pd, scipy = map(Lazy, ("matplotlib", "matplotlib.figure", "pandas", "scipy"))
+metrics, torch, F = map(Lazy, ("sklearn.metrics", "torch", "torch.nn.functional"))
 
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
 NOTEBOOK = "ipykernel" in sys.modules
-MAIN = (
-    os.environ.get("RANK", "0") == "0"
-)  # of the processes that torchrun starts, the one that writes and speaks
+MAIN = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes and speaks
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 SPLITS = ("train", "validation", "test")
 AUGMENTATIONS = ("flip", "turn", "crop", "colour")
@@ -216,9 +210,7 @@ def suit_hardware(given: argparse.Namespace) -> dict[str, Any]:
         "use_cpu": device_type == "cpu",
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "accelerator_config": {"non_blocking": True}
-        if cuda
-        else None,  # copies from pinned memory need not wait
+        "accelerator_config": {"non_blocking": True} if cuda else None,  # no step waits for its pixels
         "tf32": True if cuda and torch.cuda.get_device_capability() >= (8, 0) else None,
         "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
     }
@@ -271,13 +263,9 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     if unknown:
         stop(f"unknown argument {unknown[0]}", nearest(unknown[0].split("=")[0], known))
     training.remove_unused_columns = False  # `collate` makes the model's inputs
-    training.logging_nan_inf_filter = (
-        False  # a loss that is not finite must be seen, and looking at each waits
-    )
+    training.logging_nan_inf_filter = False  # a loss that is not finite must be seen, and no step wait for it
     check_settings(settings, training)
-    if (
-        training.learning_rate is None
-    ):  # Malladi et al. 2022, arXiv 2205.10287: Adam's rate, square root of the batch
+    if training.learning_rate is None:  # the square root: Malladi et al. 2022, arXiv 2205.10287
         training.learning_rate = float(f"{2e-5 * (images_a_step(training) / 16) ** 0.5:.3g}")
     return settings, training
 
@@ -348,9 +336,8 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
     metric = str(training.metric_for_best_model).removeprefix("eval_")
     if metric not in ("None", "loss", *METRICS):
         stop(f"unknown --metric_for_best_model {metric}", f"use one of loss, {', '.join(METRICS)}")
-    if missing := set(training.report_to) - set(
-        transformers.integrations.get_available_reporting_integrations()
-    ):
+    loggers = transformers.integrations.get_available_reporting_integrations()
+    if missing := set(training.report_to) - set(loggers):
         names = " ".join(sorted(missing))
         stop(f"--report_to finds no {names}", f"pip install {names}, or --report_to none")
 
@@ -603,12 +590,10 @@ def load_external(settings: Settings, class_names: list[str]) -> Dataset:
     if unknown := sorted(set(names) - known.keys()):
         log.warning("left out of %s: classes that the model does not know: %s", folder, ", ".join(unknown))
     rows = [(file, known[name]) for file, name in zip(images["file"], names, strict=True) if name in known]
-    features = datasets.Features(
-        {"file": datasets.Value("string"), "label": datasets.ClassLabel(names=class_names)}
-    )
-    return datasets.Dataset.from_dict(
-        dict(zip(features, zip(*rows, strict=True), strict=True)), features=features
-    )
+    files, labels = zip(*rows, strict=True)
+    features = {"file": datasets.Value("string"), "label": datasets.ClassLabel(names=class_names)}
+    content = {"file": files, "label": labels}
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
 
 
 def count_classes(images: Dataset) -> dict[str, int]:
@@ -644,15 +629,12 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     path = cache_dir / f"pixels-{key}.arrow"
     found, start = path.exists(), time.perf_counter()
-    new = {
-        "mode": datasets.Value("string"),
-        "error": datasets.Value("string"),
-        "pixel_values": datasets.Value("binary"),
-    }
+    new = {"mode": "string", "error": "string", "pixel_values": "binary"}
+    features = images.features | {name: datasets.Value(kind) for name, kind in new.items()}
     pixels = images.map(
         functools.partial(decode_files, folder=folder, processor=processor),
         input_columns="file", batched=True, batch_size=256, writer_batch_size=256, desc="prepare",
-        features=datasets.Features(images.features | new), new_fingerprint=key,
+        features=datasets.Features(features), new_fingerprint=key,
         cache_file_name=str(path),  # `datasets` renames it to this once it is whole
     )  # fmt: skip
     if not found:
@@ -703,12 +685,10 @@ def resize(rgb: np.ndarray, processor: ViTImageProcessor) -> torch.Tensor:
     shape = [numbers["size"].get(name) or np.inf for name in ("height", "width")]
     plain = numbers["do_resize"] and not numbers.get("do_center_crop") and numbers["resample"] in modes
     if not plain or rgb.shape[0] < shape[0] or rgb.shape[1] < shape[1]:
-        inputs = processor(
-            PIL.Image.fromarray(rgb), do_rescale=False, do_normalize=False, return_tensors="pt"
-        )
-        return inputs["pixel_values"][0]
+        image, kept = PIL.Image.fromarray(rgb), {"do_rescale": False, "do_normalize": False}
+        return processor(image, return_tensors="pt", **kept)["pixel_values"][0]
     image, mode = torch.from_numpy(rgb).permute(2, 0, 1)[None], modes[numbers["resample"]]
-    return torch.nn.functional.interpolate(image, shape, mode=mode, antialias=True)[0]
+    return F.interpolate(image, shape, mode=mode, antialias=True)[0]
 
 
 def keep_readable(pixels: Dataset) -> Dataset:
@@ -967,12 +947,9 @@ def normalise_on_device(
         model.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1) / scale, persistent=False)
 
     def normalise(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if kwargs["pixel_values"].dtype == torch.uint8:  # ViT would take them as they are and learn little
-            pixels = (
-                augment(kwargs["pixel_values"], kinds)
-                if module.training and kinds
-                else kwargs["pixel_values"]
-            )
+        pixels = kwargs["pixel_values"]
+        if pixels.dtype == torch.uint8:  # ViT would take them as they are and learn little
+            pixels = augment(pixels, kinds) if module.training and kinds else pixels
             kwargs["pixel_values"] = (pixels - module.pixel_mean) / module.pixel_std
         return args, kwargs
 
@@ -996,8 +973,8 @@ def augment(pixels: torch.Tensor, kinds: str) -> torch.Tensor:
     left, top = (draw("crop", -1, 1, 0) * (1 - side) for _ in range(2))
     cos, sin = side * quarter.cos(), side * quarter.sin()
     rows = torch.stack([mirror * cos, -sin, left, mirror * sin, cos, top], dim=1).view(-1, 2, 3)
-    grid = torch.nn.functional.affine_grid(rows, pixels.shape, align_corners=False)
-    images = torch.nn.functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(rows, pixels.shape, align_corners=False)
+    images = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
     if "colour" in kinds:
         saturation, contrast, brightness = (draw("colour", 0.8, 1.2, 1).view(-1, 1, 1, 1) for _ in range(3))
         images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
@@ -1018,13 +995,9 @@ if RUN:
 # %%
 def classification_scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, float]:
     """Return METRICS of int labels (n,) and guesses (n,); a class that neither has does not count."""
-    *rows, n = sklearn.metrics.precision_recall_fscore_support(labels, guesses, zero_division=0)
+    *rows, n = metrics.precision_recall_fscore_support(labels, guesses, zero_division=0)
     averages = [*np.mean(rows, axis=1), *np.average(rows, axis=1, weights=n)]  # macro, weighted
-    values = (
-        sklearn.metrics.accuracy_score(labels, guesses),
-        *averages,
-        sklearn.metrics.matthews_corrcoef(labels, guesses),
-    )
+    values = metrics.accuracy_score(labels, guesses), *averages, metrics.matthews_corrcoef(labels, guesses)
     return dict(zip(METRICS, map(float, values), strict=True))
 
 
@@ -1066,6 +1039,8 @@ def epoch_log() -> TrainerCallback:
             self.first_step, self.start = state.global_step, time.perf_counter()
 
         def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # or the last steps are still under way
             seconds = time.perf_counter() - self.start
             images = (state.global_step - self.first_step) * images_a_step(args)
             images = min(images, len(train_dataloader.dataset))
@@ -1075,10 +1050,8 @@ def epoch_log() -> TrainerCallback:
             loss = logs.get("loss", 0.0) + logs.get("eval_loss", 0.0)
             if not np.isfinite(loss):
                 stop(f"the loss is {loss} at step {state.global_step}", "lower --learning_rate")
-            if (
-                state.is_world_process_zero
-                and ("loss" if args.eval_strategy == "no" else "eval_loss") in logs
-            ):
+            last = "loss" if args.eval_strategy == "no" else "eval_loss"
+            if state.is_world_process_zero and last in logs:
                 latest = {name: value for entry in state.log_history for name, value in entry.items()}
                 known = {text: latest[name] for name, text in self.SHOWN.items() if name in latest}
                 line = ", ".join(f"{text} {value:.3f}" for text, value in known.items())
@@ -1112,12 +1085,10 @@ def build_trainer(
         processing_class=processor,
         callbacks=[epoch_log()],
     )
-    trainer.remove_callback(
-        transformers.PrinterCallback
-    )  # its lines of raw numbers, and below those of the bar
+    trainer.remove_callback(transformers.PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, transformers.ProgressCallback):
-            callback.on_log = lambda *_, **__: None
+            callback.on_log = lambda *_, **__: None  # the bar without lines of raw numbers
     return trainer
 
 
@@ -1135,10 +1106,7 @@ def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
         try:
             trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
         except torch.OutOfMemoryError as problem:
-            batch, steps = (
-                -(-training.per_device_train_batch_size // 2),
-                2 * training.gradient_accumulation_steps,
-            )
+            batch, steps = training.per_device_train_batch_size // 2, 2 * training.gradient_accumulation_steps
             remedy = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {steps} need half"
             stop(str(problem).split(".")[0], f"{remedy} of it and train the same")
         calibrate(trainer)
@@ -1272,8 +1240,8 @@ def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: lis
     "groups", the number of groups that it rests on.
     """
     pair = predictions["label"], predictions["prediction"]
-    (tn, fp), _ = sklearn.metrics.multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
-    rows = sklearn.metrics.precision_recall_fscore_support(*pair, labels=class_names, zero_division=0)
+    (tn, fp), _ = metrics.multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
+    rows = metrics.precision_recall_fscore_support(*pair, labels=class_names, zero_division=0)
     table = pd.DataFrame(rows, ["precision", "recall", "f1", "n"], class_names).T.astype({"n": int})
     table.insert(2, "specificity", tn / np.maximum(tn + fp, 1))
     result = table.to_dict(orient="index")
@@ -1497,12 +1465,10 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe
 
 def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
     """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class."""
-    counts = sklearn.metrics.confusion_matrix(
-        predictions["label"], predictions["prediction"], labels=class_names
-    )
+    counts = metrics.confusion_matrix(predictions["label"], predictions["prediction"], labels=class_names)
     shares, few = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), len(class_names) <= 12
     size = 3.2 + (0.7 if few else 0.36) * len(class_names)
-    figure = matplotlib.figure.Figure(figsize=(size + 1, size), layout="constrained")
+    figure = plot.Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right", rotation_mode="anchor")
@@ -1519,7 +1485,7 @@ def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> 
 def draw_training_curves(log_history: list[dict]) -> Figure:
     """Draw losses and validation scores by epoch."""
     history = pd.DataFrame(log_history).groupby("epoch").first()
-    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+    figure = plot.Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, column, label, style, colour in (
         (left, "loss", "training loss", "s-", ORANGE),
@@ -1539,7 +1505,7 @@ def draw_training_curves(log_history: list[dict]) -> Figure:
 def draw_class_bars(per_class: dict[str, dict]) -> Figure:
     """Draw the recall of each class that was tested, with its 95 % interval, and its precision."""
     table = pd.DataFrame({f"{name} ({row['n']})": row for name, row in per_class.items() if row["n"]}).T[::-1]
-    figure = matplotlib.figure.Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
+    figure = plot.Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
     axes = figure.subplots()
     reach = table["recall"] - table["recall_low"], table["recall_high"] - table["recall"]
     axes.barh(table.index, table["recall"], color=BLUE, alpha=0.5, label="recall (sensitivity)")
@@ -1555,7 +1521,7 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
 def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature: float) -> Figure:
     """Draw how often the model is right by its probability, before and after the temperature, by coverage."""
     right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    figure = plot.Figure(figsize=(9, 4), layout="constrained")
     left, other = figure.subplots(1, 2)
     for name, values, style, colour in (
         ("before", temper(probabilities, 1 / temperature).max(1), "s--", ORANGE),
@@ -1578,7 +1544,7 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature:
 
 def draw_pairs(left: np.ndarray, right: np.ndarray, captions: list[str]) -> Figure:
     """Draw pictures, uint8 (n, height, width, 3), two and two side by side, three pairs a row."""
-    figure = matplotlib.figure.Figure(figsize=(10, 2.1 * -(-len(left) // 3)), layout="constrained")
+    figure = plot.Figure(figsize=(10, 2.1 * -(-len(left) // 3)), layout="constrained")
     grid = figure.subplots(-(-len(left) // 3), 3, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
@@ -1632,7 +1598,7 @@ def attention_rollout(model: ViTForImageClassification, pixels: torch.Tensor) ->
     flow = functools.reduce(lambda flow, layer: (layer.mean(1) + itself) / 2 @ flow, layers, itself)
     side = round((flow.shape[-1] - 1) ** 0.5)
     maps = flow[:, None, 0, 1:].reshape(-1, 1, side, side)
-    maps = torch.nn.functional.interpolate(maps, pixels.shape[-2:], mode="bilinear")[:, 0].cpu()
+    maps = F.interpolate(maps, pixels.shape[-2:], mode="bilinear")[:, 0].cpu()
     low, high = maps.flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)[..., None, None]
     return ((maps - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # single patches can outshine all else
 

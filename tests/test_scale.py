@@ -26,7 +26,16 @@ def losses(done):
 
 def test_two_processes_train_as_one_does(tmp_path):
     """The same 32 images a step, so the same model, but for the last, uneven step of each epoch."""
-    flags = ["--config", "data/sample.yaml", "--num_train_epochs", "4", "--report_to", "none"]
+    flags = [
+        "--config",
+        "data/sample.yaml",
+        "--num_train_epochs",
+        "4",
+        "--report_to",
+        "none",
+        "--augment",
+        "",
+    ]
     one = run_script(*flags, "--data_root", tmp_path / "data-1", "--output_dir", tmp_path / "one")
     flags += ["--per_device_train_batch_size", "16", "--data_root", tmp_path / "data-2"]
     two = run_two(*flags, "--output_dir", tmp_path / "two")

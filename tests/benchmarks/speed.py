@@ -251,6 +251,29 @@ def tutorial_training(slow, checkpoint: str, args, repeats: int) -> Iterator[flo
             yield images / (clock(args.device) - start)
 
 
+def measure_augmentation(args, shape: tuple[int, int, int], repeats: int) -> None:
+    """Note what all four kinds cost, and what kornia needs for the same where it is installed."""
+    pixels = torch.randint(0, 256, (32, *shape), dtype=torch.uint8, device=args.device)
+    ways = {"script": lambda: script.augment(pixels, ",".join(script.AUGMENTATIONS))}
+    if importlib.util.find_spec("kornia"):
+        import kornia.augmentation as kornia
+
+        steps = kornia.AugmentationSequential(
+            kornia.RandomHorizontalFlip(),
+            kornia.RandomRotation90((0, 3), p=1),
+            kornia.RandomResizedCrop(shape[1:], scale=(0.64, 1), ratio=(1, 1), p=1),
+            kornia.ColorJiggle(0.2, 0.2, 0.2, 0, p=1),
+        )
+        ways["kornia"] = lambda: steps(pixels / 255)
+    for i in range(repeats + 1):
+        for way, augment in ways.items():
+            start = clock(args.device)
+            augment()
+            seconds = clock(args.device) - start
+            if i:
+                note("augment", way, "ms/image", 1000 * seconds / len(pixels))
+
+
 # ---------------------------------------------------------------- memory and start-up
 
 FEED = """
@@ -362,6 +385,7 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
     trainer.add_callback(bare)
     trainer.train()
     measure_evaluation(trainer, shape, options.repeats)
+    measure_augmentation(trainer.args, shape, options.repeats)
     for speed in tutorial_training(slow, checkpoint, trainer.args, options.repeats):
         note("train", "tutorial", "images/s", speed)
     if trainer.args.device.type == "cuda":

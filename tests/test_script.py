@@ -30,7 +30,7 @@ def metrics(run):
 
 
 def test_sample_is_learned(run):
-    assert metrics(run)["test"]["accuracy"]["value"] >= 0.8
+    assert metrics(run)["test"]["accuracy"]["value"] >= 0.75  # 0.81 to 0.92 over nine runs; chance is 0.125
 
 
 def test_sample_takes_under_two_minutes(run):

@@ -1428,13 +1428,14 @@ def evaluate_external(
         pixels = prepare_pixels(
             external, folder, trainer.processing_class, Path(settings.data_root) / "cache"
         )
-        pixels = keep_readable(pixels)
-        name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
-        seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
-        twins = compare(thumbnails(pixels, shape), seen)["a"].unique()
-        new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
-        if not len(new):
-            stop(f"{folder} has only near-duplicates of training images", "leave --external_dir out")
+    pixels = keep_readable(pixels)
+    name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
+    seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
+    twins = compare(thumbnails(pixels, shape), seen)["a"].unique()
+    new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
+    if not len(new):
+        stop(f"{folder} has only near-duplicates of training images", "leave --external_dir out")
+    with trainer.args.main_process_first(local=False):
         pairs = find_near_duplicates(new, shape, report / f"near_duplicates-{name}.csv")
     groups = group_images(new["file"][:], pairs)
     predictions = predict(

@@ -53,7 +53,7 @@ def make_images(tmp_path):
     return make
 
 
-def run_script(*flags):
+def run_script(*flags, launcher=()):
     """Run finetune_vit.py as a user would; return the completed process with its output as text."""
-    command = [sys.executable, "finetune_vit.py", *map(str, flags)]
+    command = [sys.executable, *launcher, "finetune_vit.py", *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

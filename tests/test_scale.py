@@ -2,19 +2,16 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 
 
 def run_two(*flags):
     """Run the script in two processes, as `torchrun --nproc_per_node 2 finetune_vit.py ...` does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["finetune_vit.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return run_script(*flags, launcher=torchrun)
 
 
 def losses(done):

@@ -170,18 +170,21 @@ def measure_iteration(slow, images, folder: Path, processor, trainer, larger, re
 # ---------------------------------------------------------------- training and evaluating
 
 
+def random_pixels(count: int, shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, device=device)
+
+
 class BareLoop(transformers.TrainerCallback):
     """After each epoch of the Trainer, times as many steps without it; the first epoch is the warm-up."""
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.shape, self.trainer = shape, None
+    def __init__(self, trainer: transformers.Trainer, shape: tuple[int, int, int]) -> None:
+        self.trainer, self.shape = trainer, shape
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self.model = copy.deepcopy(self.trainer.model)
         fused = {"fused": True} if "fused" in args.optim else {}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), args.learning_rate, **fused)
-        size = (args.train_batch_size, *self.shape)
-        self.pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=args.device)
+        self.pixels = random_pixels(args.train_batch_size, self.shape, args.device)
         self.labels = torch.zeros(len(self.pixels), dtype=torch.long, device=args.device)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -214,9 +217,8 @@ def precision(args: transformers.TrainingArguments) -> torch.autocast:
 
 def measure_evaluation(trainer, shape: tuple[int, int, int], repeats: int) -> None:
     args, rows = trainer.args, trainer.eval_dataset
-    size = (args.eval_batch_size, *shape)
-    pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=args.device)
-    batches = -(-len(rows) // len(pixels))
+    pixels = random_pixels(args.eval_batch_size, shape, args.device)
+    batches = len(rows) // len(pixels)
     assert batches * len(pixels) == len(rows), "whole batches only"
     for i in range(repeats + 1):
         start = clock(args.device)
@@ -253,7 +255,7 @@ def tutorial_training(slow, checkpoint: str, args, repeats: int) -> Iterator[flo
 
 def measure_augmentation(args, shape: tuple[int, int, int], repeats: int) -> None:
     """Note what all four kinds cost, and what kornia needs for the same where it is installed."""
-    pixels = torch.randint(0, 256, (32, *shape), dtype=torch.uint8, device=args.device)
+    pixels = random_pixels(32, shape, args.device)
     ways = {"script": lambda: script.augment(pixels, ",".join(script.AUGMENTATIONS))}
     if importlib.util.find_spec("kornia"):
         import kornia.augmentation as kornia
@@ -314,15 +316,7 @@ def measure_memory(work: Path, counts: list[int]) -> None:
 
 
 def measure_start_up(work: Path, repeats: int) -> None:
-    run = [
-        "finetune_vit.py",
-        "--config",
-        "data/sample.yaml",
-        "--num_train_epochs",
-        "1",
-        "--report_to",
-        "none",
-    ]
+    run = "finetune_vit.py --config data/sample.yaml --num_train_epochs 1 --report_to none".split()
     run += ["--output_dir", str(work / "sample"), "--data_root", str(work / "data")]
     subprocess.run([sys.executable, *run], cwd=ROOT, check=True, capture_output=True)
     ways = {
@@ -380,9 +374,7 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
         trainer.args,
     )
     measure_iteration(slow, images, folder, processor, trainer, wide, options.repeats)
-    bare = BareLoop(shape)
-    bare.trainer = trainer
-    trainer.add_callback(bare)
+    trainer.add_callback(BareLoop(trainer, shape))
     trainer.train()
     measure_evaluation(trainer, shape, options.repeats)
     measure_augmentation(trainer.args, shape, options.repeats)

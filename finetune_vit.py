@@ -15,20 +15,33 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import errno
 import functools
+import glob
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
+import inspect
+import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
+import ssl
+import stat
 import sys
 import tarfile
+import threading
 import time
+import unicodedata
+import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
@@ -39,9 +52,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from lzma import LZMAError
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import filelock
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -70,7 +85,9 @@ class Lazy:
 
 
 datasets, evaluate, hub, transformers = map(Lazy, ("datasets", "evaluate", "huggingface_hub", "transformers"))
-matplotlib, plot, pd, scipy = map(Lazy, ("matplotlib", "matplotlib.figure", "pandas", "scipy"))
+safetensors, matplotlib, plot, pd, scipy = map(
+    Lazy, ("safetensors", "matplotlib", "matplotlib.figure", "pandas", "scipy")
+)
 metrics, torch, F = map(Lazy, ("sklearn.metrics", "torch", "torch.nn.functional"))
 
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
@@ -86,8 +103,59 @@ log = logging.getLogger("finetune_vit")
 
 
 def stop(problem: object, remedy: str) -> NoReturn:
-    """End with one line that a user can act on. Raises SystemExit: status 1, no traceback."""
-    raise SystemExit(f"error: {' '.join(str(problem).split())}; {remedy}" if MAIN else 1)
+    """End with one line that a user can act on, no token in it. Raises SystemExit: status 1, no traceback."""
+    line = f"error: {' '.join(str(problem).split())}; {remedy}"
+    raise SystemExit(re.sub(r"hf_\w{30,}", "hf_...", line) if MAIN else 1)
+
+
+def file_error(problem: BaseException) -> int | None:
+    """Return the errno of a failed file operation, whichever library met it; None for any other problem."""
+    if isinstance(problem, OSError):
+        return problem.errno
+    number = re.search(r"os error (\d+)", str(problem))  # safetensors
+    return int(number[1]) if number else errno.EIO if "PytorchStreamWriter" in str(problem) else None
+
+
+PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}  # of a drive
+LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # until someone mends them
+
+
+def patiently(action: Callable, *args: Any) -> Any:
+    """Return action(*args); where a network drive fails, try again for half a minute."""
+    for wait in (1, 2, 4, 8, 16):
+        try:
+            return action(*args)
+        except Exception as problem:
+            if file_error(problem) not in PASSING:
+                raise
+            log.warning("warning: %s; trying again in %s s", problem, wait)
+            time.sleep(wait)
+    return action(*args)
+
+
+def end_in_one_line(
+    kind: type[BaseException], problem: BaseException, traceback: TracebackType | None
+) -> None:
+    """Say what ended a script; a traceback is left to what no user can mend. For `sys.excepthook`."""
+    if issubclass(kind, KeyboardInterrupt) or file_error(problem) in PASSING | LASTING:
+        reason = "stopped" if issubclass(kind, KeyboardInterrupt) else f"error: {problem}"
+        if MAIN:
+            print(f"{reason}; run the same command to go on: what is finished is kept", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, problem, traceback)
+
+
+if RUN and not NOTEBOOK:
+    sys.excepthook = end_in_one_line
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: both end in one line
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Raise SystemExit unless the disk of `folder` has `size` bytes to spare."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        remedy = "free some, or choose a folder on another disk"
+        stop(f"{folder} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are needed", remedy)
 
 
 @contextmanager
@@ -97,15 +165,30 @@ def whole(path: Path) -> Iterator[Path]:
     Of several processes, which all make the same, only the main one's is kept.
     """
     part = path.with_name(f".part{os.environ.get('RANK', '')}-{path.name}")
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield part
-    os.replace(part, path) if MAIN else part.unlink()
+    try:
+        yield part
+        if part.is_file():
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())  # or a power cut could leave the new name without the content
+        if MAIN:
+            os.replace(part, path)
+    finally:
+        remove(part)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict:
-    """Return the content of a JSON file, empty if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Return the content of a JSON file, empty if there is none. Raises SystemExit if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        stop(f"{path} is damaged", "delete it, and it is made again where that is possible")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -162,6 +245,7 @@ class Settings:
     """Where the images come from, which model to start from, how to split."""
 
     data_url: str = setting(KVASIR_URL, "Archive (zip or tar) of class folders: URL or path.", "URL")
+    data_sha256: str | None = setting(None, "SHA-256 that the archive must have, in hex.", "HEX")
     data_dir: str | None = setting(None, "Folder of class folders; used instead of data_url.", "FOLDER")
     data_root: str = setting("data", "Folder for archives, unpacked images and caches.", "FOLDER")
     model_name_or_path: str = setting(VIT_BASE, "Pretrained ViT: name on the Hub, or folder.", "MODEL")
@@ -258,15 +342,19 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
         settings, training, _, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, ImportError) as problem:  # the checks of TrainingArguments
+    except Exception as problem:  # of many kinds: the checks of TrainingArguments
         stop(problem, HELP)
     if unknown:
-        stop(f"unknown argument {unknown[0]}", nearest(unknown[0].split("=")[0], known))
+        name = unknown[0].split("=")[0]
+        stop(f"unknown argument {name}", nearest(name, known))
+    if training.hub_token:  # where the Hub's client finds it, and no file of ours will hold it
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.remove_unused_columns = False  # `collate` makes the model's inputs
     training.logging_nan_inf_filter = False  # a loss that is not finite must be seen, and no step wait for it
     check_settings(settings, training)
     if training.learning_rate is None:  # the square root: Malladi et al. 2022, arXiv 2205.10287
         training.learning_rate = float(f"{2e-5 * (images_a_step(training) / 16) ** 0.5:.3g}")
+    check_optimizer(training)
     return settings, training
 
 
@@ -320,6 +408,12 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
     if settings.data_dir is None and not is_url(settings.data_url) and not Path(settings.data_url).is_file():
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
+    if is_url(settings.data_url) and "@" in urllib.parse.urlparse(settings.data_url).netloc:
+        stop("--data_url has a password in it", "fetch the file by other means and give its path")
+    if settings.data_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", settings.data_sha256):
+        stop(f"--data_sha256 {settings.data_sha256} is no SHA-256", "give 64 hexadecimal digits")
+    if settings.data_sha256 is not None and settings.data_dir is not None:
+        stop("--data_sha256 is for an archive, not for --data_dir", "leave one of them out")
     if settings.external_dir is not None and not Path(settings.external_dir).is_dir():
         stop(f"--external_dir {settings.external_dir} is not a folder", "give one with one folder a class")
     if settings.split_by not in ("near-duplicates", "random") and not Path(settings.split_by).is_file():
@@ -342,6 +436,19 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
         stop(f"--report_to finds no {names}", f"pip install {names}, or --report_to none")
 
 
+def check_optimizer(training: TrainingArguments) -> None:
+    """Make optimizer and schedule, as the Trainer would only after all the preparation. Raises SystemExit."""
+    try:
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(training)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options, weight_decay=training.weight_decay)
+        more = training.lr_scheduler_kwargs or {}
+        transformers.get_scheduler(
+            training.lr_scheduler_type, optimizer, 1, 9, scheduler_specific_kwargs=more
+        )
+    except Exception as problem:
+        stop(f"no optimizer can be made of these settings: {problem}", HELP)
+
+
 ARGUMENTS = [] if NOTEBOOK else sys.argv[1:]  # in a notebook write flags here: ["--num_train_epochs", "3"]
 if RUN:
     settings, training = read_settings(ARGUMENTS)
@@ -350,7 +457,8 @@ if RUN:
 # ## 1 · Workspace
 # The folder `output_dir` belongs to one run. Its `settings.json` says how the run was made, and a run with
 # other settings is refused, not mixed in. If it holds a finished model, that is taken; if not, we start from
-# the pretrained checkpoint, whose small files are read now, before anything long begins.
+# the pretrained checkpoint, which is read now, before anything long begins. On Colab, results and archive go
+# to Google Drive, which outlives the machine; the many small files stay on the machine, which is fast.
 
 # %%
 # These may change between two runs in one folder: where things lie, how they are shown, what computes them.
@@ -359,10 +467,45 @@ external_dir fp16 gradient_accumulation hub_ include local_rank log output_dir p
 report_to resume run_name save_ tf32 torch_compile trackio use_cpu""".split()
 
 
+def keep_on_drive(settings: Settings, training: TrainingArguments, drive: Path) -> Path:
+    """Return the folder for archives. On Colab that is on Google Drive, and so is a relative `output_dir`.
+
+    `drive` is where Drive is mounted. Raises SystemExit if it is needed and is not.
+    """
+    output_dir, colab = Path(training.output_dir), False
+    with suppress(ModuleNotFoundError):
+        colab = importlib.util.find_spec("google.colab") is not None
+    if not colab or (output_dir.is_absolute() and not output_dir.is_relative_to(drive)):
+        return Path(settings.data_root)
+    mount = f"from google.colab import drive; drive.mount('{drive}')"
+    if NOTEBOOK:
+        importlib.import_module("google.colab.drive").mount(str(drive))
+    if not os.path.ismount(drive):  # or all would go to a folder that is lost with the machine
+        stop("Google Drive is not mounted", f"run `{mount}` in a cell, or give an absolute --output_dir")
+    home = drive / "MyDrive" / "finetune_vit"
+    training.output_dir = str(home / output_dir)
+    return home
+
+
+def claim(folder: Path) -> filelock.FileLock:
+    """Lock `folder` until this process ends, however it ends. Raises SystemExit if another run has it."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True)  # a cell may be run twice
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if MAIN:
+            lock.acquire()
+    except filelock.Timeout:
+        stop(f"another run is at work in {folder}", "wait for its end, or choose another --output_dir")
+    except OSError as problem:
+        stop(f"cannot write into {folder}: {problem}", "choose another --output_dir")
+    return lock
+
+
 def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
     """Return the output folder, new or found again. Raises SystemExit where other results are in the way."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if MAIN else logging.ERROR)
+    hub.logging.set_verbosity_error()  # or each attempt to reach the Hub is told twice
     transformers.logging.disable_progress_bar()  # for reading and writing weights: a second, but many lines
     output_dir = Path(training.output_dir)
     record = {"settings": dataclasses.asdict(settings), "training": training.to_dict()}
@@ -375,11 +518,14 @@ def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
     if results and not path.exists():
         stop(f"{output_dir} holds {results[-1]}, but no settings.json", "choose another --output_dir")
     if results:
-        refuse_changes(read_json(path), json.loads(json.dumps(record)), output_dir)
+        before = read_json(path)
+        refuse_changes(before, json.loads(json.dumps(record)), output_dir)
         log.info("continuing the run in %s", output_dir)
+        if before.get("script_sha256") != record.get("script_sha256"):
+            log.warning("warning: %s was begun by another version of this script", output_dir)
         return output_dir
     try:
-        write_json(path, record)
+        patiently(write_json, path, record)
     except OSError as problem:
         stop(f"cannot write into {output_dir}: {problem}", "choose another --output_dir")
     return output_dir
@@ -406,21 +552,39 @@ def versions() -> dict[str, str]:
 
 def choose_checkpoint(settings: Settings, output_dir: Path) -> str:
     """Return the finished model's folder, else the pretrained checkpoint. Raises SystemExit if no ViT."""
+    name, remedy = settings.model_name_or_path, "check --model_name_or_path and the network, or give a folder"
     if (output_dir / "model.safetensors").exists():
-        return str(output_dir)
-    name = settings.model_name_or_path
+        name, remedy = (
+            str(output_dir),
+            "delete its model.safetensors to make it again from the last checkpoint",
+        )
+    log.info("reading the checkpoint %s", name)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         processor = transformers.ViTImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as problem:
-        reason = str(problem).strip().split("\n")[0]
-        stop(f"cannot read {name}: {reason}", "check --model_name_or_path and the network, or give a folder")
-    if config.model_type != "vit":
-        stop(f"{name} is a {config.model_type}, not a ViT", "choose one whose config.json says vit")
-    shape, size = pixel_shape(processor), config.image_size
-    if shape != (config.num_channels, size, size):
-        stop(f"{name} prepares {shape} pixels for a {size}-pixel ViT", "mend its preprocessor_config.json")
+        if config.model_type != "vit":
+            raise ValueError(f"it is a {config.model_type}, not a ViT")
+        shape, size = pixel_shape(processor), config.image_size
+        if shape != (config.num_channels, size, size):
+            raise ValueError(f"it prepares {shape} pixels for a {size}-pixel ViT")
+        open_weights(name)
+        if name == str(output_dir):
+            transformers.TrainerState.load_from_json(output_dir / "trainer_state.json")
+    except Exception as problem:  # of any kind, for whatever is damaged in there
+        stop(f"cannot use {name}: {str(problem).strip().splitlines()[0]}", remedy)
     return name
+
+
+def open_weights(name: str) -> None:
+    """Fetch the weights and read their table of contents. Raises OSError, ValueError, SafetensorError."""
+    find = functools.partial(
+        transformers.utils.cached_file, name, _raise_exceptions_for_missing_entries=False
+    )
+    if weights := find("model.safetensors"):
+        with safetensors.safe_open(weights, "pt"):
+            return
+    if not find("model.safetensors.index.json"):
+        raise ValueError("it has no model.safetensors; other formats are pickles, and a pickle can run code")
 
 
 def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
@@ -429,6 +593,8 @@ def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
 
 
 if RUN:
+    archives = keep_on_drive(settings, training, drive=Path("/content/drive"))
+    lock = claim(Path(training.output_dir))
     output_dir = open_workspace(settings, training)
     report = output_dir / "report"
     checkpoint = choose_checkpoint(settings, output_dir)
@@ -440,78 +606,207 @@ if RUN:
 
 
 # %%
-def locate_images(settings: Settings) -> Path:
-    """Return the folder of class folders: `data_dir`, or the archive, downloaded and unpacked if need be."""
+def locate_images(settings: Settings, archives: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of class folders and what it came from.
+
+    That is `data_dir` and nothing, or the unpacked archive and its url, bytes, mtime_ns and sha256. It is
+    downloaded into the folder `archives` and unpacked into `data_root` if need be. Raises SystemExit.
+    """
     if settings.data_dir is not None:
-        return Path(settings.data_dir).resolve()
+        return Path(settings.data_dir).resolve(), {}
     url, root = settings.data_url, Path(settings.data_root)
-    archive = root / Path(urllib.parse.urlparse(url).path).name if is_url(url) else Path(url)
+    archive = archives / Path(urllib.parse.urlparse(url).path).name if is_url(url) else Path(url)
     endings = [ending for _, endings, _ in shutil.get_unpack_formats() for ending in endings]
     stems = [archive.name.removesuffix(ending) for ending in endings if archive.name.endswith(ending)]
     if not any(stems):
         stop(f"{url} is not named like an archive", f"give one that ends in {', '.join(endings)}")
     folder = root / min(stems, key=len)
-    origin = folder / ".data_url"  # which archive the folder came from
-    if not folder.exists():
-        if is_url(url) and not archive.exists():
-            download(url, archive)
-        unpack(archive, folder, origin=url)
-    elif origin.exists() and origin.read_text(encoding="utf-8") != url:
-        stop(f"{folder} was unpacked from another archive", f"use another --data_root, or delete {folder}")
-    return class_root(folder.resolve())
-
-
-def download(url: str, archive: Path) -> None:
-    """Download `url` to the file `archive`, with a progress bar. Raises SystemExit."""
-    log.info("downloading %s", url)
     try:
-        with whole(archive) as part:
-            with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
-                size = int(response.headers.get("Content-Length") or 0)
-                with tqdm.wrapattr(file, "write", total=size, desc=archive.name, miniters=1) as target:
-                    shutil.copyfileobj(response, target, 1 << 20)
-            if size and part.stat().st_size != size:
-                raise ConnectionError(f"{part.stat().st_size:,} of {size:,} bytes came")
-    except (OSError, ValueError) as problem:  # urllib's errors are OSErrors, a malformed URL is a ValueError
-        stop(f"cannot download {url}: {problem}", f"run again, or put the file at {archive} by other means")
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        stop(f"cannot write into {root}: {problem}", "choose another --data_root")
+    with filelock.FileLock(root / ".lock"):  # a second run waits for the first one's download
+        if is_url(url) and not folder.exists():
+            download(url, archive)
+        origin = identify(archive, folder, settings)
+        if not folder.exists():
+            patiently(unpack, archive, folder, origin)
+    return class_root(folder.resolve()), origin
+
+
+def identify(archive: Path, folder: Path, settings: Settings) -> dict[str, Any]:
+    """Return url, bytes, mtime_ns and sha256 of `archive`, or what `folder` knows of the one it came from.
+
+    Raises SystemExit if the two disagree, or it is not the archive that `data_sha256` asks for.
+    """
+    before, now = read_json(folder / ".archive.json"), {"url": settings.data_url}
+    if folder.exists() and not before:  # someone else's
+        now = {}
+    elif archive.exists():
+        status = archive.stat()
+        now |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        if now.items() <= before.items():  # the same file: 2 GB need not be read again
+            now = before
+        else:
+            with archive.open("rb") as file:
+                now["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    elif before.get("url", now["url"]) == now["url"]:
+        now = before
+    if before and before["sha256"] != now.get("sha256"):
+        stop(f"{folder} was unpacked from another archive", f"use another --data_root, or delete {folder}")
+    if settings.data_sha256 and settings.data_sha256.lower() != now.get("sha256"):
+        remedy = f"delete {archive} and {folder} to start anew, or correct --data_sha256"
+        stop(f"the SHA-256 of {archive} is {now.get('sha256', 'not known')}", remedy)
+    return now
+
+
+def download(url: str, archive: Path, timeout: float = 60) -> None:
+    """Download `url` to the file `archive`, from where an earlier attempt stopped. Raises SystemExit.
+
+    `timeout`: seconds without a byte. What is there already is kept, if it came from the same URL.
+    """
+    part, note = (archive.with_name(f".{name}") for name in (f"part-{archive.name}", f"{archive.name}.json"))
+    if archive.exists() and read_json(note).get("url", url) != url:
+        stop(f"{archive} came from another URL", f"use another --data_root, or delete {archive}")
+    if archive.exists():
+        return
+    remedy, most, tries = f"run again to go on, or put the file at {archive} by other means", 0, 0
+    log.info("downloading %s", url)
+    while tries < 6:
+        try:
+            fetch_rest(url, part, note, timeout)
+            break
+        except (OSError, ValueError, http.client.HTTPException) as problem:
+            size = part.stat().st_size if part.exists() else 0
+            most, tries = max(most, size), 1 if size > most else tries + 1
+            if tries == 6 or not may_pass(problem):
+                stop(f"cannot download {url}: {problem or type(problem).__name__}", remedy)
+            asked = str(getattr(problem, "headers", {}).get("Retry-After"))
+            wait = min(int(asked) if asked.isdecimal() else 2 ** (tries - 1), 60)
+            log.warning("warning: %s; trying again in %s s", problem or type(problem).__name__, wait)
+            time.sleep(wait)
+    if not (zipfile.is_zipfile(part) or tarfile.is_tarfile(part)):
+        remove(part)
+        stop(f"what {url} sends is no zip or tar archive", f"put the file at {archive} by other means")
+    os.replace(part, archive)
+    if url == KVASIR_URL and archive.stat().st_size != KVASIR["bytes"]:
+        log.warning("warning: Kvasir v2 had %s bytes, this has %s", KVASIR["bytes"], archive.stat().st_size)
+
+
+def may_pass(problem: Exception) -> bool:
+    """Say whether a failed download is worth another try."""
+    if isinstance(problem, urllib.error.HTTPError):
+        return problem.code in (408, 416, 425, 429, 500, 502, 503, 504)
+    certificate = isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError)
+    return not (certificate or isinstance(problem, ValueError) or file_error(problem) in LASTING)
+
+
+def fetch_rest(url: str, part: Path, note: Path, timeout: float) -> None:
+    """Append to `part` what it lacks of `url`; start over where the server has another file, or no ranges.
+
+    `note` keeps what identifies the file: its ETag or date. Raises OSError, ValueError, HTTPException.
+    """
+    known, start = read_json(note), part.stat().st_size if part.exists() else 0
+    start *= known.get("url") == url
+    if start and start == known["size"]:
+        return
+    headers = {"User-Agent": "finetune_vit", "Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    headers |= {"If-Range": known["validator"]} if start and known["validator"] else {}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as problem:
+        if problem.code == 416:  # there is no such rest: another file
+            remove(part)
+        raise
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise ValueError("the server sends a web page, not an archive")
+        start *= response.status == 206
+        size = start + int(response.headers.get("Content-Length") or 0)
+        tag = response.headers.get("ETag", "W/")
+        validator = (
+            response.headers.get("Last-Modified") if tag.startswith("W/") else tag
+        )  # a weak one will not do
+        rest = str(response.headers.get("Content-Range")).startswith(f"bytes {start}-")
+        if start and not (rest and size == (known["size"] or size)):
+            remove(part)
+            raise ConnectionError("the server does not send the rest of the same file")
+        need_space(part.parent, size - start)
+        write_json(note, {"url": url, "size": size if size > start else None, "validator": validator})
+        options = {"total": size or None, "initial": start, "unit": "B", "unit_scale": True}
+        with part.open("ab" if start else "wb") as file, tqdm(desc=url.split("/")[-1], **options) as bar:
+            while block := response.read1(1 << 20):
+                bar.update(file.write(block))
+    if size > start and part.stat().st_size != size:
+        raise ConnectionError(f"{part.stat().st_size:,} of {size:,} bytes came")
 
 
 DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, tarfile.TarError)
 
 
-def unpack(archive: Path, folder: Path, origin: str) -> None:
-    """Unpack a zip or tar archive into the new `folder`, with a progress bar. Raises SystemExit."""
+def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
+    """Unpack a zip or tar archive into the new `folder`, with a progress bar.
+
+    Raises SystemExit where the archive is damaged or hostile, and OSError.
+    """
     log.info("unpacking %s", archive)
-    bar = functools.partial(tqdm, desc=archive.name, unit=" files")
     try:
         with whole(folder) as part:
             part.mkdir()
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as file:
-                    for member in bar(file.infolist()):
-                        file.extract(member, part)
-            else:
-                with tarfile.open(archive) as file:
-                    file.extractall(part, bar(file), filter="data")
-            (part / ".data_url").write_text(origin, encoding="utf-8")
-    except (*DAMAGE, OSError, EOFError, RuntimeError) as problem:
-        stop(f"cannot unpack {archive}: {problem}", "delete it if it is damaged, or free disk space")
+            with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as file:
+                is_zip = isinstance(file, zipfile.ZipFile)
+                members = list(refuse_hostile(file.infolist() if is_zip else file, archive))
+                if not is_zip and file.fileobj.tell() != file.offset + tarfile.BLOCKSIZE:
+                    raise EOFError("its end, a block of zeros, is missing")
+                need_space(part, sum(m.file_size if is_zip else m.size for m in members))
+                for member in tqdm(members, desc=archive.name, unit=" files"):
+                    file.extract(member, part, **({} if is_zip else {"filter": "data"}))
+            write_json(part / ".archive.json", origin)
+    except (*DAMAGE, EOFError, RuntimeError, ValueError) as problem:
+        stop(f"cannot unpack {archive}: {problem}", "delete it if it is damaged")
+
+
+def refuse_hostile(
+    members: Iterable[zipfile.ZipInfo | tarfile.TarInfo], archive: Path
+) -> Iterator[zipfile.ZipInfo | tarfile.TarInfo]:
+    """Pass on the members of an archive, as long as they are what image archives hold. Raises ValueError."""
+    total, seen, most = 0, {}, max(100 * archive.stat().st_size, 1 << 30)  # JPEGs hardly shrink
+    for count, member in enumerate(members, 1):
+        if isinstance(member, zipfile.ZipInfo):
+            name, size, mode = member.filename, member.file_size, member.external_attr >> 16
+            plain = stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
+        else:
+            name, size, plain = member.name, member.size, member.isreg() or member.isdir()
+        path, total = PurePosixPath(name), total + size
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name.split("/")[0]:
+            raise ValueError(f"{name!r} would lead out of its folder")
+        if not plain:
+            raise ValueError(f"{name!r} is a link or a device")
+        if count > 200_000 or total > most:
+            raise ValueError(f"{count:,} files of {total:,} bytes and more are no archive of images")
+        for part in [path, *path.parents]:  # on disks that take A and a for the same, one would be lost
+            before = seen.setdefault(unicodedata.normalize("NFC", str(part)).casefold(), part)
+            if before != part or (part is path and before is not part and not name.endswith("/")):
+                raise ValueError(f"{str(part)!r} and {str(before)!r} have the same name")
+        yield member
 
 
 def class_root(folder: Path) -> Path:
-    """Descend while a folder holds one folder and nothing else: so archives wrap their class folders."""
-    entries = visible(folder)
-    return class_root(entries[0]) if len(entries) == 1 and entries[0].is_dir() else folder
+    """Descend while a folder holds one folder, and that holds folders: so archives wrap class folders."""
+    inside = [entry for entry in visible(folder) if entry.is_dir()]
+    wrapped = len(inside) == 1 and any(entry.is_dir() for entry in visible(inside[0]))
+    return class_root(inside[0]) if wrapped else folder
 
 
 def visible(folder: Path) -> list[Path]:
-    """List a folder without what `datasets` skips, too: names such as .ipynb_checkpoints, __MACOSX."""
+    """List a folder without names such as .ipynb_checkpoints, __MACOSX."""
     return [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__"))]
 
 
 if RUN:
     with training.main_process_first(local=False):  # under torchrun the others wait, then find its result
-        image_folder = locate_images(settings)
+        image_folder, origin = locate_images(settings, archives)
 
 # %% [markdown]
 # ## 3 · Load
@@ -525,11 +820,43 @@ KVASIR = {  # its terms and citation are in data/model_card.md
     "classes": """dyed-lifted-polyps dyed-resection-margins esophagitis normal-cecum normal-pylorus
     normal-z-line polyps ulcerative-colitis""".split(),
     "images_per_class": 1000,
+    "bytes": 2_489_312_085,  # of the archive
 }
+
+
+def record_data(images: Dataset, folder: Path, origin: dict[str, Any], output_dir: Path) -> None:
+    """Note in settings.json what is trained on. Raises SystemExit if results there are of other images."""
+    sizes = [(folder / file).stat().st_size for file in images["file"]]
+    listing = json.dumps([images["file"][:], images["label"][:], sizes]).encode()
+    data = {"images": len(images), "files_sha256": hashlib.sha256(listing).hexdigest()}
+    data |= {f"archive_{name}": origin[name] for name in ("bytes", "sha256") if name in origin}
+    record = read_json(output_dir / "settings.json")
+    before = record.get("data", data)
+    if before["files_sha256"] != data["files_sha256"]:
+        remedy = f"use another --output_dir, or delete {output_dir}"
+        stop(f"{output_dir} was made from other images than those in {folder}", remedy)
+    if "data" not in record:
+        write_json(output_dir / "settings.json", record | {"data": data})
 
 
 def is_kvasir(folder: Path) -> bool:
     return folder.name == "kvasir-dataset-v2"
+
+
+def list_images(folder: Path) -> list[str]:
+    """Return the paths of all image files below `folder`; leave out, by name, what cannot be one."""
+    paths, kinds = [], tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in names:
+            path = os.path.join(root, name)
+            if name.startswith((".", "__")) or not name.lower().endswith(kinds):
+                continue
+            if not os.path.isfile(path) or re.search("::|://|[\ud800-\udfff]", path):  # not UTF-8, or a URL
+                log.warning("left out, no file or a name that `datasets` cannot take: %r", path)
+            else:
+                paths.append(path)
+    return paths
 
 
 def load_images(folder: Path, cache_dir: Path) -> Dataset:
@@ -538,17 +865,18 @@ def load_images(folder: Path, cache_dir: Path) -> Dataset:
     Columns: `file`, str, relative to `folder`, with forward slashes; `label`, ClassLabel of the sorted folder
     names. Raises SystemExit where the two disagree.
     """
+    remedy = "give a folder that holds one folder a class"
+    paths = list_images(folder)
+    if not paths:
+        stop(f"no images in {folder}", remedy)
     datasets.disable_progress_bars()  # they would call it a download
-    try:
-        # One split, or a folder called test becomes a split of its own; no metadata file, or it decides what
-        # is read and how it is labelled.
-        one_split, no_metadata = {"train": "**"}, {"drop_metadata": True, "metadata_filenames": ["-"]}
+    try:  # one split of these files, or a folder called test becomes a split and a metadata file decides
         images = datasets.load_dataset(
-            "imagefolder", data_dir=str(folder), data_files=one_split, split="train", drop_labels=False,
-            cache_dir=str(cache_dir), **no_metadata,
+            "imagefolder", data_files={"train": [glob.escape(path) for path in paths]}, split="train",
+            drop_labels=False, cache_dir=str(cache_dir),
         )  # fmt: skip
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as problem:
-        stop(f"no images in {folder}: {problem}", "give a folder that holds one folder a class")
+        stop(f"cannot load {folder}: {problem}", remedy)
     finally:
         datasets.enable_progress_bars()
     images = images.cast_column("image", datasets.Image(decode=False))
@@ -605,6 +933,7 @@ if RUN:
     with training.main_process_first(local=False):
         images = load_images(image_folder, Path(settings.data_root) / "cache")
         class_names = images.features["label"].names
+        record_data(images, image_folder, origin, output_dir)
         external = load_external(settings, class_names) if settings.external_dir else None
     log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ", ".join(class_names))
 
@@ -625,10 +954,14 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
     """
     stats = [(folder / file).stat() for file in images["file"]]
     sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
-    state = str(folder), sizes, images.to_dict(), processor.to_json_string()
+    code = [inspect.getsource(step) for step in (decode_file, read_rgb, resize)]
+    code += [importlib.metadata.version(name) for name in ("pillow", "simplejpeg", "torch", "transformers")]
+    state = str(folder), sizes, images.to_dict(), processor.to_json_string(), code
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     path = cache_dir / f"pixels-{key}.arrow"
     found, start = path.exists(), time.perf_counter()
+    if not found:
+        need_space(cache_dir, len(images) * math.prod(pixel_shape(processor)))
     new = {"mode": "string", "error": "string", "pixel_values": "binary"}
     features = images.features | {name: datasets.Value(kind) for name, kind in new.items()}
     pixels = images.map(
@@ -654,16 +987,24 @@ def decode_files(files: list[str], folder: Path, processor: ViTImageProcessor) -
 
 
 def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | bytes | None]:
-    """Return the mode, error and pixels of one file, see `prepare_pixels`; never raises."""
+    """Return the mode, error and pixels of one file, see `prepare_pixels`.
+
+    Raises OSError only where the disk fails: that says nothing about the image, so no cache must keep it.
+    """
+    content = io.BytesIO(patiently(path.read_bytes))
     try:
-        with PIL.Image.open(path) as image:
-            pixels = resize(read_rgb(image, path), processor)
+        with PIL.Image.open(content) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(
+                    "more than 8 bits a pixel: convert it, as `pipeline` would cut it off at 255"
+                )
+            pixels = resize(read_rgb(image, content), processor)
             return {"mode": image.mode, "error": "", "pixel_values": pixels.numpy().tobytes()}
     except Exception as problem:  # on damaged files a decoder may raise anything
         return {"mode": "", "error": f"{type(problem).__name__}: {problem}", "pixel_values": None}
 
 
-def read_rgb(image: PIL.Image.Image, path: Path) -> np.ndarray:
+def read_rgb(image: PIL.Image.Image, content: io.BytesIO) -> np.ndarray:
     """Return an image upright and in RGB, uint8 (height, width, 3), as `load_image` of `pipeline` does.
 
     Plain JPEGs take a shorter road to the same pixels; of those that it finds damaged Pillow decides.
@@ -671,7 +1012,7 @@ def read_rgb(image: PIL.Image.Image, path: Path) -> np.ndarray:
     upright = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
     if image.format == "JPEG" and image.mode == "RGB" and upright:
         with suppress(ValueError):
-            return simplejpeg.decode_jpeg(path.read_bytes())
+            return simplejpeg.decode_jpeg(content.getbuffer())
     return np.array(transformers.image_utils.load_image(image))
 
 
@@ -695,7 +1036,7 @@ def keep_readable(pixels: Dataset) -> Dataset:
     """Leave out, by name, what could not be read."""
     files, errors = pixels["file"][:], np.array(pixels["error"])
     for row in np.flatnonzero(errors != ""):
-        log.warning("left out, unreadable: %s (%s)", files[row], errors[row])
+        log.warning("left out, unreadable: %r (%s)", files[row], errors[row])
     for mode, count in Counter(pixels["mode"]).items():
         if mode not in ("RGB", ""):
             log.info("converted to RGB: %s of mode %s", count, mode)
@@ -807,6 +1148,11 @@ def split_images(
         stop(f"too few readable images of {names[total.argmin()]}", "each class needs 3, one for each split")
     if path.exists() or settings.split_by not in ("near-duplicates", "random"):
         split = split_by_file(files, path if path.exists() else Path(settings.split_by))
+        if path.exists() and Path(settings.split_by).is_file():
+            if (split != split_by_file(files, Path(settings.split_by))).any():
+                stop(
+                    f"{settings.split_by} has changed since {path} was made of it", "use another --output_dir"
+                )
     else:
         split = np.array(SPLITS, dtype=object)[share_out(labels, units(groups, settings), sizes, seed)]
     for name, size in zip(SPLITS, sizes, strict=True):
@@ -991,6 +1337,7 @@ if RUN:
 # The `Trainer` does the work, in the mixed precision that the hardware is fast at. After each epoch it
 # evaluates on the validation images and saves a checkpoint, from which a run that was cut off goes on. The
 # best epoch's weights end up where `transformers.pipeline("image-classification", output_dir)` finds them.
+# Ctrl-C saves a checkpoint, too. Each one lists its files' checksums: a damaged one is set aside.
 
 
 # %%
@@ -1063,6 +1410,105 @@ def epoch_log() -> TrainerCallback:
     return EpochLog()
 
 
+@contextmanager
+def safe_checkpoints(trainer: Trainer, training: TrainingArguments) -> Iterator[TrainerCallback]:
+    """Inside the block each checkpoint lists its content, and Ctrl-C or SIGTERM saves one and ends training.
+
+    Yields the callback that does it; its `stopped` is then true. Only a checkpoint that is listed replaces an
+    older one; which is older its step says: the Trainer goes by the clock, which may be put back.
+    """
+    output_dir, limit = Path(training.output_dir), training.save_total_limit
+
+    class SafeCheckpoints(transformers.TrainerCallback):
+        stopped = False
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.best_global_step:  # where it is now: the folder may have been moved
+                state.best_model_checkpoint = str(output_dir / f"checkpoint-{state.best_global_step}")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.stopped:
+                control.should_training_stop = True
+                control.should_save |= state.epoch % 1 > 0 or args.save_strategy != "epoch"
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if self.stopped and state.epoch % 1:  # half an epoch is not to be judged
+                control.should_evaluate = control.should_save = control.should_log = False
+
+        def on_save(self, args, state, control, **kwargs):
+            if MAIN:
+                newest = output_dir / f"checkpoint-{state.global_step}"
+                write_json(newest / "files.json", checksums(newest))
+                found, best = checkpoints_in(output_dir), output_dir / f"checkpoint-{state.best_global_step}"
+                spare = [path for path in found if path not in (best, newest)]
+                for path in spare[: max(len(found) - limit, 0)] if limit else ():
+                    shutil.rmtree(path)
+
+    def note(kind: int, frame: Any) -> None:
+        guard.stopped = True
+        signal.signal(kind, signal.default_int_handler)  # a second one stops at once
+        log.info("stopping after this step, to save it")
+
+    guard = SafeCheckpoints()
+    alone = training.world_size == 1 and threading.current_thread() is threading.main_thread()
+    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM) if alone}
+    trainer.add_callback(guard)
+    training.save_total_limit = None
+    try:
+        yield guard
+    finally:
+        training.save_total_limit = limit
+        trainer.remove_callback(guard)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Return the folders checkpoint-STEP, the newest last."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a checkpoint, but of what other processes may still be writing."""
+    result = {}
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith((".", "rng_state_")) and path.name != "files.json":
+            with path.open("rb") as file:
+                result[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
+
+
+def damage_of(checkpoint: Path) -> str:
+    """Say what is wrong with a checkpoint, or with that of the best epoch before it; "" if nothing."""
+    if (checkpoint / "pytorch_model.bin").exists():
+        return "pytorch_model.bin is a pickle, which can run code"
+    try:
+        listed = json.loads((checkpoint / "files.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it was not finished, or not made by this script"
+    found = checksums(checkpoint)
+    if wrong := [name for name in listed if listed[name] != found.get(name)]:
+        return f"{wrong[0]} is missing or damaged"
+    best = checkpoint.with_name(
+        f"checkpoint-{read_json(checkpoint / 'trainer_state.json')['best_global_step']}"
+    )
+    return damage_of(best) if best.name != "checkpoint-None" and best != checkpoint else ""
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """Return the newest whole checkpoint, if any; set newer ones that are damaged aside."""
+    for checkpoint in reversed(checkpoints_in(output_dir)):
+        if not (damage := damage_of(checkpoint)):
+            return checkpoint
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        if MAIN:
+            remove(aside)
+            os.replace(checkpoint, aside)
+        log.warning("warning: %s cannot be used: %s; now called %s", checkpoint.name, damage, aside.name)
+    return None
+
+
 def build_trainer(
     model: ViTForImageClassification,
     splits: DatasetDict,
@@ -1086,6 +1532,8 @@ def build_trainer(
         processing_class=processor,
         callbacks=[epoch_log()],
     )
+    if training.world_size == 1:  # of several processes none may do anything twice
+        trainer._save_checkpoint = functools.partial(patiently, trainer._save_checkpoint)
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, transformers.ProgressCallback):
@@ -1101,21 +1549,53 @@ def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
         log.info("found the finished model in %s", output_dir)
         return
     if training.num_train_epochs > 0:
-        last = training.resume_from_checkpoint or transformers.trainer_utils.get_last_checkpoint(output_dir)
-        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-        log.info("training on %s in %s, from %s", training.device, precision, last or "the start")
-        try:
-            trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
-        except torch.OutOfMemoryError as problem:
-            batch, steps = training.per_device_train_batch_size // 2, 2 * training.gradient_accumulation_steps
-            remedy = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {steps} need half"
-            stop(str(problem).split(".")[0], f"{remedy} of it and train the same")
+        with training.main_process_first(local=False):
+            last = find_checkpoint(training)
+        train(trainer, training, last)
         calibrate(trainer)
     else:
         log.info("no training, as --num_train_epochs 0 says")
-    trainer.save_state()
+    with whole(output_dir / "trainer_state.json") as part:
+        trainer.state.save_to_json(str(part))
     if MAIN:
-        save_model(trainer.model, trainer.processing_class, output_dir)
+        patiently(save_model, trainer.model, trainer.processing_class, output_dir)
+
+
+def find_checkpoint(training: TrainingArguments) -> Path | None:
+    """Return the checkpoint to go on from. Raises SystemExit if the one that was asked for is damaged."""
+    if training.resume_from_checkpoint is None:
+        return newest_checkpoint(Path(training.output_dir))
+    if damage := damage_of(Path(training.resume_from_checkpoint)):
+        stop(
+            f"cannot resume from {training.resume_from_checkpoint}: {damage}",
+            "leave it out: the newest is taken",
+        )
+    return Path(training.resume_from_checkpoint)
+
+
+def train(trainer: Trainer, training: TrainingArguments, last: Path | None) -> None:
+    """Train, from the checkpoint `last` if there is one. Raises KeyboardInterrupt, SystemExit."""
+    size = trainer.model.num_parameters() * 4 * 3  # bytes: the weights and two moments of AdamW
+    need_space(Path(training.output_dir), size * 3)  # the best, the newest and the one that replaces it
+    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    log.info("training on %s in %s, from %s", training.device, precision, last or "the start")
+    try:
+        with safe_checkpoints(trainer, training) as guard:
+            outcome = trainer.train(resume_from_checkpoint=last and str(last))
+    except torch.OutOfMemoryError as problem:
+        batch, steps = training.per_device_train_batch_size // 2, 2 * training.gradient_accumulation_steps
+        remedy = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {steps} need half"
+        stop(str(problem).split(".")[0], f"{remedy} of it and train the same")
+    if guard.stopped:
+        log.info("saved checkpoint-%s", trainer.state.global_step)
+        raise KeyboardInterrupt
+    save_metrics(trainer, outcome.metrics)
+
+
+def save_metrics(trainer: Trainer, measured: dict[str, float]) -> None:
+    """Add to all_results.json, as `Trainer.save_metrics` does, but never half."""
+    path = Path(trainer.args.output_dir) / "all_results.json"
+    write_json(path, read_json(path) | measured)
 
 
 def calibrate(trainer: Trainer) -> None:
@@ -1183,7 +1663,7 @@ def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path:
     for name in missing:
         inputs = splits[name].select_columns(["pixel_values", "label"])
         outputs = trainer.predict(inputs, metric_key_prefix=name)
-        trainer.save_metrics(name, outputs.metrics)
+        save_metrics(trainer, outputs.metrics)
         probabilities = scipy.special.softmax(outputs.predictions.astype(float), axis=1)
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]

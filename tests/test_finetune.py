@@ -1,6 +1,10 @@
 """Step 7: training learns, goes on where it stopped, and ends with the best epoch."""
 
+import errno
 import json
+import os
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -61,7 +65,7 @@ def test_training_learns_and_leaves_a_whole_model(tmp_path, start, capsys):
     fine_tune(trainer, training)
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "trainer_state.json"} <= names
-    assert {"all_results.json", "train_results.json"} <= names
+    assert "all_results.json" in names
     assert not [name for name in names if name.startswith(".part") or name.endswith(".bin")]
     assert len([name for name in names if name.startswith("checkpoint-")]) <= 2
     history = trainer.state.log_history
@@ -206,3 +210,161 @@ def test_a_model_that_could_not_be_saved_whole_is_not_there(tmp_path, start, mon
     assert not (tmp_path / "model" / "model.safetensors").exists()
     fine_tune(trainer, training)
     assert len(weights(tmp_path / "model")) == len(trainer.model.state_dict())
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class SignalAt(TrainerCallback):
+    """Sends a signal to this process in the middle of a step."""
+
+    def __init__(self, step, kind):
+        self.step, self.kind = step, kind
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.on_step_begin(args, state, control)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.kind)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 5, 6])  # 3 steps an epoch
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(tmp_path, start, caplog, kind, step):
+    caplog.set_level("INFO", "finetune_vit")
+    fine_tune(*start("whole"))
+    trainer, training = start("cut")
+    trainer.add_callback(SignalAt(step, kind))
+    handler = signal.getsignal(kind)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(trainer, training)
+    assert signal.getsignal(kind) is handler and f"saved checkpoint-{step}" in caplog.text
+    assert (tmp_path / "cut" / f"checkpoint-{step}" / "files.json").exists()
+    fine_tune(*start("cut"))
+    assert f"from {tmp_path}/cut/checkpoint-{step}" in caplog.text  # not one step is repeated
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def cut_file(checkpoint):
+    path = checkpoint / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(checkpoint):
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": (cut_file, "optimizer.pt is missing or damaged"),
+    "bit": (flip_a_bit, "model.safetensors is missing or damaged"),
+    "zeros": (
+        lambda c: (c / "rng_state.pth").write_bytes(bytes(2000)),
+        "rng_state.pth is missing or damaged",
+    ),
+    "missing": (lambda c: (c / "trainer_state.json").unlink(), "trainer_state.json is missing or damaged"),
+    "unfinished": (lambda c: (c / "files.json").unlink(), "not finished, or not made by this script"),
+    "empty list": (lambda c: (c / "files.json").write_text(""), "not finished, or not made by this script"),
+    "pickle": (lambda c: (c / "pytorch_model.bin").write_bytes(b"x"), "a pickle, which can run code"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, start, caplog, name):
+    damage, reason = DAMAGES[name]
+    caplog.set_level("INFO", "finetune_vit")
+    fine_tune(*start("whole"))
+    trainer, training = start("cut", "--save_total_limit", "3")
+    trainer.add_callback(StopAt(11))
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(trainer, training)
+    damage(tmp_path / "cut" / "checkpoint-9")
+    content = {path.name: path.read_bytes() for path in (tmp_path / "cut" / "checkpoint-9").iterdir()}
+    fine_tune(*start("cut", "--save_total_limit", "3"))
+    assert f"checkpoint-9 cannot be used: " in caplog.text and reason in caplog.text
+    assert "now called damaged-checkpoint-9" in caplog.text and "cut/checkpoint-6" in caplog.text
+    aside = tmp_path / "cut" / "damaged-checkpoint-9"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == content
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_without_the_best_checkpoint_the_run_does_not_end_with_another_one(tmp_path, start, caplog):
+    """The Trainer would only warn, and end with the last epoch's weights."""
+    flags = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # the first epoch is the best
+    fine_tune(*start("whole", *flags))
+    trainer, training = start("cut", *flags)
+    trainer.add_callback(StopAt(11))
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(trainer, training)
+    assert {path.name for path in (tmp_path / "cut").glob("*-*")} == {"checkpoint-3", "checkpoint-9"}
+    cut_file(tmp_path / "cut" / "checkpoint-3")
+    with caplog.at_level("INFO", "finetune_vit"):
+        fine_tune(*start("cut", *flags))
+    assert "from the start" in caplog.text
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_moved_run_folder_keeps_its_best_epoch(tmp_path, start):
+    flags = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    fine_tune(*start("whole", *flags))
+    trainer, training = start("before", *flags)
+    trainer.add_callback(StopAt(11))
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(trainer, training)
+    (tmp_path / "before").rename(tmp_path / "after")
+    fine_tune(*start("after", *flags))
+    assert same_weights(tmp_path / "whole", tmp_path / "after")
+
+
+def test_a_clock_that_goes_backwards_deletes_no_new_checkpoint(tmp_path, start):
+    class BackInTime(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            stamp = 2_000_000_000 - 1000 * state.global_step
+            os.utime(tmp_path / "model" / f"checkpoint-{state.global_step}", (stamp, stamp))
+
+    trainer, training = start("model")
+    trainer.add_callback(BackInTime())
+    fine_tune(trainer, training)
+    kept = {path.name for path in (tmp_path / "model").glob("checkpoint-*")}
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    assert kept == {"checkpoint-12", best} or (best == "checkpoint-12" and kept == {best, "checkpoint-9"})
+    assert training.save_total_limit == 2
+
+
+def test_a_drive_that_fails_while_a_checkpoint_is_written_is_waited_for(tmp_path, start, monkeypatch):
+    fine_tune(*start("whole"))
+    trainer, training = start("model")
+    save, failures, waits = torch.save, iter([1, 0, 1, 1] + [0] * 99), []
+
+    def fail_at_times(*args, **kwargs):
+        if next(failures):
+            raise OSError(errno.EIO, "Input/output error")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fail_at_times)
+    monkeypatch.setattr(finetune_vit.time, "sleep", waits.append)
+    fine_tune(trainer, training)
+    assert waits == [1, 1, 2] or waits == [1, 2, 4]
+    assert same_weights(tmp_path / "whole", tmp_path / "model")
+
+
+def test_a_checkpoint_that_was_asked_for_must_be_whole(tmp_path, start):
+    fine_tune(*start("whole"))
+    asked = tmp_path / "whole" / "checkpoint-12"
+    (asked / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="checkpoint-12: pytorch_model.bin is a pickle.*; leave it out"):
+        fine_tune(*start("other", "--resume_from_checkpoint", str(asked)))
+    assert asked.exists()
+
+
+def test_a_disk_without_room_for_checkpoints_is_noticed_before_training(start, monkeypatch):
+    trainer, training = start("model")
+    monkeypatch.setattr(finetune_vit.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(trainer, "train", None)
+    with pytest.raises(SystemExit, match="has 0.0 GB free, but .* GB are needed"):
+        fine_tune(trainer, training)

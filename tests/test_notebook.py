@@ -18,7 +18,7 @@ def test_script_converts_to_a_notebook_and_back():
     assert [title[:5] for title in titles] == [*steps[:9], "### E", steps[9]]
     assert all(len(text.splitlines()) <= 7 for text in prose[1:])  # a title and six lines at most
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    assert "\n\n\n".join(code).count("\nif RUN") == 11
+    assert "\n\n\n".join(code).count("\nif RUN") == 12
 
 
 @pytest.fixture

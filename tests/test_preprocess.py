@@ -1,5 +1,6 @@
 """Step 4: each file decoded once, its pixels what the checkpoint's processor makes of it."""
 
+import io
 import logging
 import os
 
@@ -76,7 +77,7 @@ def test_a_photo_becomes_what_the_processor_makes_of_it(tmp_path, size, resample
     path, processor = tmp_path / "photo.jpg", ViTImageProcessor(resample=resample)
     draw((90, 140, 200), np.random.default_rng(0), size).save(path, quality=90)
     with Image.open(path) as image:
-        rgb = read_rgb(image, path)
+        rgb = read_rgb(image, io.BytesIO(path.read_bytes()))
         assert np.array_equal(rgb, np.array(image.convert("RGB")))
         theirs = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][
             0
@@ -110,7 +111,9 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, processo
     with caplog.at_level(logging.WARNING, "finetune_vit"):
         pixels = keep_readable(prepare(folder, processor, tmp_path / "cache"))
     assert len(pixels) == 15 and not set(pixels["file"]) & {f"red/{name}" for name in bad}
-    assert sorted(message.split()[3] for message in caplog.messages) == sorted(f"red/{name}" for name in bad)
+    assert sorted(message.split()[3] for message in caplog.messages) == sorted(
+        repr(f"red/{name}") for name in bad
+    )
     assert None not in pixels["pixel_values"][:]
 
 
@@ -118,8 +121,10 @@ def test_cache_is_used_until_something_changes(tmp_path, make_images, processor,
     folder, cache = make_images(count=3), tmp_path / "cache"
     first = prepare(folder, processor, cache)
     calls = []
-    decode = finetune_vit.decode_file
-    monkeypatch.setattr(finetune_vit, "decode_file", lambda *a: calls.append(a) or decode(*a))
+    decode = finetune_vit.decode_files
+    monkeypatch.setattr(
+        finetune_vit, "decode_files", lambda files, **more: calls.extend(files) or decode(files, **more)
+    )
     again = prepare(folder, processor, cache)
     assert not calls and again[:] == first[:]
 

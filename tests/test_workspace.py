@@ -1,6 +1,7 @@
 """Step 1: one folder, one run; the checkpoint is looked at before anything long starts."""
 
 import json
+import shutil
 
 import pytest
 from draw_sample import save_processor
@@ -97,7 +98,8 @@ def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
     settings, training = read_settings(flags)
     output_dir = open_workspace(settings, training)
     assert choose_checkpoint(settings, output_dir) == str(tiny_vit)
-    (output_dir / "model.safetensors").touch()
+    shutil.copytree(tiny_vit, output_dir, dirs_exist_ok=True)
+    (output_dir / "trainer_state.json").write_text("{}")
     assert choose_checkpoint(settings, output_dir) == str(output_dir)
 
 
@@ -107,9 +109,9 @@ def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
         ({"model_type": "resnet"}, 32, "is a resnet, not a ViT"),
         ({"model_type": "deit"}, 32, "is a deit, not a ViT"),
         ({"model_type": "vit", "image_size": 64}, 32, "for a 64-pixel ViT"),
-        ({"model_type": "no_such_thing"}, 32, "cannot read"),
-        ({}, 32, "cannot read"),
-        (None, None, "cannot read"),
+        ({"model_type": "no_such_thing"}, 32, "cannot use"),
+        ({}, 32, "cannot use"),
+        (None, None, "cannot use"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_one_error_line(tmp_path, flags, config, size, message):

@@ -38,6 +38,7 @@ import ssl
 import stat
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -373,7 +374,7 @@ def config_arguments(path: Path, known: set[str]) -> list[str]:
     example = "give a YAML file with lines such as 'num_train_epochs: 3'"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as problem:
         stop(f"cannot read --config {path}: {problem}", example)
     if not isinstance(content, dict):
         stop(f"--config {path} holds no settings", example)
@@ -392,24 +393,61 @@ def is_url(location: str) -> bool:
     return location.startswith(("http://", "https://"))
 
 
+def archive_name(location: str) -> tuple[str, str]:
+    """Return the file name of an archive, with and without its ending. Raises SystemExit if it has none."""
+    try:
+        url = urllib.parse.urlparse(location if is_url(location) else Path(location).absolute().as_uri())
+    except ValueError as problem:
+        stop(f"--data_url is no URL: {problem}", "give a URL or the path of an archive")
+    if "@" in url.netloc:
+        stop("--data_url has a password in it", "fetch the file by other means and give its path")
+    name = Path(urllib.parse.unquote(url.path)).name
+    endings = [ending for _, endings, _ in shutil.get_unpack_formats() for ending in endings]
+    stems = [name[: -len(ending)] for ending in endings if name.lower().endswith(ending)]
+    if not any(stems):
+        stop(f"{location} is not named like an archive", f"give one that ends in {', '.join(endings)}")
+    return name, min(stems, key=len)
+
+
+RANGES = {  # numbers of TrainingArguments by (least, most)
+    (0, 1e6): "num_train_epochs learning_rate weight_decay max_grad_norm eval_delay dataloader_num_workers",
+    (0, 1e9): "warmup_steps",
+    (0, 1): "label_smoothing_factor",
+    (0, 2**32 - 1): "seed data_seed",
+    (1, 1e6): """gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size
+    eval_accumulation_steps save_total_limit dataloader_prefetch_factor""",
+    (1e-9, 1e9): "eval_steps save_steps logging_steps",
+}
+# These would change the scores, or a run that was cut off could not go on exactly.
+UNFIT = """dataloader_drop_last prediction_loss_only batch_eval_metrics label_names save_only_model
+ignore_data_skip enable_jit_checkpoint"""
+
+
 def check_settings(settings: Settings, training: TrainingArguments) -> None:
     """Find, before any long work, what would fail later. Raises SystemExit."""
     sizes = settings.test_size, settings.validation_size
     if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
         stop(f"test_size and validation_size are {sizes}", "give shares above 0 that add up to less than 1")
-    least = {"num_train_epochs": 0, "learning_rate": 0, "seed": 0, "gradient_accumulation_steps": 1}
-    for name, value in (least | {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}).items():
-        if getattr(training, name) is not None and not getattr(training, name) >= value:
-            stop(f"{name} is {getattr(training, name)}", f"give {value} or more")
-    for name in ("dataloader_drop_last", "prediction_loss_only", "batch_eval_metrics", "label_names"):
-        if getattr(training, name):
-            stop(f"--{name} would change what is evaluated", "leave it out")
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(training, name)
+            if value is not None and not low <= value <= high:
+                stop(f"--{name} is {value}", f"give {low:g} to {high:g}")
+    for name in ("data_url", "data_root", "model_name_or_path", "output_dir"):
+        value = str(getattr(settings, name, None) or getattr(training, name, ""))
+        if not value.strip() or "\0" in value:
+            stop(f"--{name} is empty or no text", "give a value or leave it out")
+    if training.fp16 and training.device.type == "cpu":
+        stop("--fp16 needs a GPU", "leave it out, or use --bf16")
+    for name in UNFIT.split():
+        if getattr(training, name, None):
+            stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
     if settings.data_dir is None and not is_url(settings.data_url) and not Path(settings.data_url).is_file():
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
-    if is_url(settings.data_url) and "@" in urllib.parse.urlparse(settings.data_url).netloc:
-        stop("--data_url has a password in it", "fetch the file by other means and give its path")
+    if settings.data_dir is None:
+        archive_name(settings.data_url)
     if settings.data_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", settings.data_sha256):
         stop(f"--data_sha256 {settings.data_sha256} is no SHA-256", "give 64 hexadecimal digits")
     if settings.data_sha256 is not None and settings.data_dir is not None:
@@ -445,8 +483,10 @@ def check_optimizer(training: TrainingArguments) -> None:
         transformers.get_scheduler(
             training.lr_scheduler_type, optimizer, 1, 9, scheduler_specific_kwargs=more
         )
+        if training.torch_compile:
+            torch.compile(len, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     except Exception as problem:
-        stop(f"no optimizer can be made of these settings: {problem}", HELP)
+        stop(f"the optimizer refuses these settings: {problem}", HELP)
 
 
 ARGUMENTS = [] if NOTEBOOK else sys.argv[1:]  # in a notebook write flags here: ["--num_train_epochs", "3"]
@@ -615,12 +655,8 @@ def locate_images(settings: Settings, archives: Path) -> tuple[Path, dict[str, A
     if settings.data_dir is not None:
         return Path(settings.data_dir).resolve(), {}
     url, root = settings.data_url, Path(settings.data_root)
-    archive = archives / Path(urllib.parse.urlparse(url).path).name if is_url(url) else Path(url)
-    endings = [ending for _, endings, _ in shutil.get_unpack_formats() for ending in endings]
-    stems = [archive.name.removesuffix(ending) for ending in endings if archive.name.endswith(ending)]
-    if not any(stems):
-        stop(f"{url} is not named like an archive", f"give one that ends in {', '.join(endings)}")
-    folder = root / min(stems, key=len)
+    name, stem = archive_name(url)
+    archive, folder = archives / name if is_url(url) else Path(url), root / stem
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -859,7 +895,7 @@ def list_images(folder: Path) -> list[str]:
     return paths
 
 
-def load_images(folder: Path, cache_dir: Path) -> Dataset:
+def load_images(folder: Path) -> Dataset:
     """Return the images of a folder of class folders, ordered by name, not decoded.
 
     Columns: `file`, str, relative to `folder`, with forward slashes; `label`, ClassLabel of the sorted folder
@@ -871,10 +907,11 @@ def load_images(folder: Path, cache_dir: Path) -> Dataset:
         stop(f"no images in {folder}", remedy)
     datasets.disable_progress_bars()  # they would call it a download
     try:  # one split of these files, or a folder called test becomes a split and a metadata file decides
-        images = datasets.load_dataset(
-            "imagefolder", data_files={"train": [glob.escape(path) for path in paths]}, split="train",
-            drop_labels=False, cache_dir=str(cache_dir),
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as cache:  # a list of names: nothing to keep
+            images = datasets.load_dataset(
+                "imagefolder", data_files={"train": [glob.escape(path) for path in paths]}, split="train",
+                drop_labels=False, cache_dir=cache, keep_in_memory=True,
+            )  # fmt: skip
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as problem:
         stop(f"cannot load {folder}: {problem}", remedy)
     finally:
@@ -910,7 +947,7 @@ def check_classes(images: Dataset, folder: Path) -> None:
 def load_external(settings: Settings, class_names: list[str]) -> Dataset:
     """Return the images in `external_dir` of the classes we know, our labels. Raises SystemExit if none."""
     folder = Path(settings.external_dir).resolve()
-    images = load_images(folder, Path(settings.data_root) / "cache")
+    images = load_images(folder)
     names = [images.features["label"].names[label] for label in images["label"]]
     known = {name: label for label, name in enumerate(class_names)}
     if not known.keys() & set(names):
@@ -931,7 +968,7 @@ def count_classes(images: Dataset) -> dict[str, int]:
 
 if RUN:
     with training.main_process_first(local=False):
-        images = load_images(image_folder, Path(settings.data_root) / "cache")
+        images = load_images(image_folder)
         class_names = images.features["label"].names
         record_data(images, image_folder, origin, output_dir)
         external = load_external(settings, class_names) if settings.external_dir else None
@@ -959,8 +996,10 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
     state = str(folder), sizes, images.to_dict(), processor.to_json_string(), code
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     path = cache_dir / f"pixels-{key}.arrow"
-    found, start = path.exists(), time.perf_counter()
+    found, start = is_whole(path), time.perf_counter()
     if not found:
+        remove(path)
+        cache_dir.mkdir(parents=True, exist_ok=True)
         need_space(cache_dir, len(images) * math.prod(pixel_shape(processor)))
     new = {"mode": "string", "error": "string", "pixel_values": "binary"}
     features = images.features | {name: datasets.Value(kind) for name, kind in new.items()}
@@ -974,6 +1013,15 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
         speed = len(images) / (time.perf_counter() - start)
         write_json(path.with_suffix(".json"), {"images_per_second": speed})
     return pixels
+
+
+def is_whole(path: Path) -> bool:
+    """Say whether there is an Arrow file that can be read to its end."""
+    try:
+        return path.exists() and len(datasets.Dataset.from_file(str(path))) > 0
+    except (OSError, ValueError):  # pyarrow's
+        log.warning("warning: %s is damaged and will be made again", path)
+        return False
 
 
 def decode_files(files: list[str], folder: Path, processor: ViTImageProcessor) -> dict[str, list]:
@@ -1159,7 +1207,8 @@ def split_images(
         counts = np.bincount(labels[split == name], minlength=len(names))
         absent = ", ".join(np.array(names)[counts == 0])
         if absent and (name == "train" or not counts.any()):
-            stop(f"no {name} images of {absent}", "change the split's sizes or CSV file")
+            remedy = "near-duplicates stay together: add images, or decide yourself with --split_by FILE.csv"
+            stop(f"no {name} images of {absent}", remedy)
         if absent:
             log.warning("warning: no %s images of %s: no %s score counts them", name, absent, name)
         far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)

@@ -380,7 +380,7 @@ def test_stray_files_around_the_class_folders_do_not_matter(tmp_path, make_image
     path = shutil.make_archive(tmp_path / "strays", "zip", root)
     folder = locate_images(Settings(data_url=path, data_root=str(tmp_path / "data")))
     assert folder.name == "endoscopy"
-    assert len(finetune_vit.load_images(folder, tmp_path / "cache")) == 6
+    assert len(finetune_vit.load_images(folder)) == 6
 
 
 def test_one_class_in_a_wrapping_folder_is_called_so(tmp_path, make_images):
@@ -388,7 +388,7 @@ def test_one_class_in_a_wrapping_folder_is_called_so(tmp_path, make_images):
     path = shutil.make_archive(tmp_path / "one", "zip", tmp_path / "wrapped")
     folder = locate_images(Settings(data_url=path, data_root=str(tmp_path / "data")))
     with pytest.raises(SystemExit, match="holds one class only"):
-        finetune_vit.load_images(folder, tmp_path / "cache")
+        finetune_vit.load_images(folder)
 
 
 def test_another_archive_of_the_same_name_is_not_mixed_up(tmp_path, archive, make_images):

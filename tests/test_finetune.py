@@ -31,7 +31,7 @@ def start(tmp_path, make_images, tiny_vit):
     """Return a function that gives a trainer, ready to train into a folder, and its settings."""
     folder, cache = make_images(count=20), tmp_path / "cache"
     processor = ViTImageProcessor.from_pretrained(tiny_vit)
-    images = keep_readable(prepare_pixels(load_images(folder, cache), folder, processor, cache))
+    images = keep_readable(prepare_pixels(load_images(folder), folder, processor, cache))
 
     def build(name, *flags):
         settings, training = read_settings([
@@ -286,7 +286,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
     damage(tmp_path / "cut" / "checkpoint-9")
     content = {path.name: path.read_bytes() for path in (tmp_path / "cut" / "checkpoint-9").iterdir()}
     fine_tune(*start("cut", "--save_total_limit", "3"))
-    assert f"checkpoint-9 cannot be used: " in caplog.text and reason in caplog.text
+    assert "checkpoint-9 cannot be used: " in caplog.text and reason in caplog.text
     assert "now called damaged-checkpoint-9" in caplog.text and "cut/checkpoint-6" in caplog.text
     aside = tmp_path / "cut" / "damaged-checkpoint-9"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == content

@@ -14,7 +14,7 @@ def names(images):
 
 
 def test_files_and_labels(tmp_path, make_images):
-    images = load_images(make_images(count=4), tmp_path / "cache")
+    images = load_images(make_images(count=4))
     assert images.features["label"].names == ["blue", "green", "red"]
     assert names(images) == [(f"{c}/{i:03}.jpg", c) for c in ("blue", "green", "red") for i in range(4)]
 
@@ -26,20 +26,20 @@ def test_odd_names_are_loaded(tmp_path, make_images):
     for name in odd:
         shutil.copy(one, folder / "red" / name)
     shutil.copytree(folder / "green", folder / "test")  # imagefolder would make a split of it
-    loaded = names(load_images(folder, tmp_path / "cache"))
+    loaded = names(load_images(folder))
     assert {(f"red/{name}", "red") for name in odd} <= set(loaded)
     assert ("test/001.jpg", "test") in loaded and len(loaded) == 6 + len(odd) + 2
 
 
 def test_files_that_are_no_images_change_nothing(tmp_path, make_images):
     folder = make_images(count=2)
-    expected = names(load_images(folder, tmp_path / "cache"))
+    expected = names(load_images(folder))
     (folder / "metadata.csv").write_text("file_name,label\n../../../etc/passwd,red\n")
     (folder / "red" / "metadata.jsonl").write_text('{"file_name": "/etc/passwd"}\n')
     (folder / "red" / "Thumbs.db").write_bytes(b"x")
     for stray in (".ipynb_checkpoints", "__MACOSX"):
         shutil.copytree(folder / "red", folder / stray)
-    assert names(load_images(folder, tmp_path / "cache")) == expected
+    assert names(load_images(folder)) == expected
 
 
 def test_doubled_folders_are_loaded(tmp_path, make_images):
@@ -47,7 +47,7 @@ def test_doubled_folders_are_loaded(tmp_path, make_images):
     for label in ("blue", "green", "red"):
         shutil.move(folder / label, folder / "deep" / label)
         shutil.move(folder / "deep", folder / label)
-    assert ("red/red/001.jpg", "red") in names(load_images(folder, tmp_path / "cache"))
+    assert ("red/red/001.jpg", "red") in names(load_images(folder))
 
 
 def damage_nested(folder):
@@ -86,7 +86,7 @@ def test_folders_that_mislead_are_refused(tmp_path, make_images, damage, message
     folder = make_images(count=2)
     damage(folder)
     with pytest.raises(SystemExit, match=message) as stopped:
-        load_images(folder, tmp_path / "cache")
+        load_images(folder)
     assert "\n" not in str(stopped.value)
 
 
@@ -100,7 +100,7 @@ def test_kvasir_is_counted(tmp_path, make_images, caplog, count, complete):
     if not complete:
         shutil.rmtree(folder / "esophagitis")
     with caplog.at_level(logging.WARNING, "finetune_vit"):
-        load_images(folder, tmp_path / "cache")
+        load_images(folder)
     assert bool(caplog.messages) is not complete
     if not complete:
         assert "'esophagitis': 1000" in caplog.text and "'polyps': 998" in caplog.text

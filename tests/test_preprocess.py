@@ -1,8 +1,14 @@
 """Step 4: each file decoded once, its pixels what the checkpoint's processor makes of it."""
 
+import errno
 import io
 import logging
 import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.ImageOps
@@ -48,7 +54,7 @@ def kinds(make_images):
 
 
 def prepare(folder, processor, cache):
-    return prepare_pixels(load_images(folder, cache), folder, processor, cache)
+    return prepare_pixels(load_images(folder), folder, processor, cache)
 
 
 @pytest.mark.parametrize("numbers", PROCESSORS.values(), ids=PROCESSORS)
@@ -170,3 +176,125 @@ def test_cache_holds_little_more_than_the_pixels(tmp_path, make_images):
     pixels = prepare(make_images(count=20), ViTImageProcessor.from_pretrained(tmp_path), tmp_path / "cache")
     size = os.path.getsize(pixels.cache_files[0]["filename"]) / len(pixels)
     assert 150_528 <= size < 151_500
+
+
+def bomb(path):
+    """A PNG of 300 bytes that says it has 50,000 x 50,000 pixels."""
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    content = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def deep(mode, dtype):
+    return lambda path: Image.fromarray(np.arange(1200, dtype=dtype).reshape(30, 40) * 50).save(path)
+
+
+LEFT_OUT = {
+    "bomb.png": (bomb, "DecompressionBombError"),
+    "deep.png": (deep("I;16", np.uint16), "more than 8 bits"),
+    "deep.tif": (deep("I", np.int32), "more than 8 bits"),
+    "real.tiff": (deep("F", np.float32), "more than 8 bits"),
+    "zero.jpg": (lambda path: path.write_bytes(b""), "UnidentifiedImageError"),
+    "web.jpg": (lambda path: path.write_bytes(b"<html>"), "UnidentifiedImageError"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_would_be_read_wrong_is_left_out_by_name(tmp_path, make_images, processor, caplog, name):
+    folder, (write, reason) = make_images(count=3), LEFT_OUT[name]
+    write(folder / "red" / name)
+    pixels = keep_readable(prepare(folder, processor, tmp_path / "cache"))
+    assert len(pixels) == 9
+    assert len(caplog.messages) == 1 and repr(f"red/{name}") in caplog.text and reason in caplog.text
+
+
+def test_an_animation_is_its_first_frame(tmp_path, make_images, processor):
+    folder = make_images(count=1)
+    first, second = (Image.new("RGB", (32, 32), colour) for colour in ((200, 0, 0), (0, 0, 200)))
+    first.save(folder / "red" / "moving.gif", save_all=True, append_images=[second])
+    pixels = prepare(folder, processor, tmp_path / "cache")
+    row = pixels[pixels["file"][:].index("red/moving.gif")]
+    assert np.frombuffer(row["pixel_values"], np.uint8).reshape(3, -1).mean(axis=1).tolist() == [200, 0, 0]
+
+
+HOSTILE_NAMES = [
+    b"new\nline.jpg", b"q'uo\"te.jpg", b"x" * 246 + b".jpg", b"[ab]*.jpg", b"-rf.jpg", b"a:b.jpg", b"%41.jpg",
+    b"$(touch x);.jpg", b"\x1b[2Jclear.jpg", "ünï 🙂.jpg".encode(),
+]  # fmt: skip
+
+
+def test_hostile_file_names_are_read(tmp_path, make_images, processor):
+    folder = make_images(count=3)
+    for name in HOSTILE_NAMES:
+        shutil.copy(folder / "red" / "000.jpg", os.path.join(os.fsencode(folder / "red"), name))
+    pixels = keep_readable(prepare(folder, processor, tmp_path / "cache"))
+    assert {f"red/{name.decode()}" for name in HOSTILE_NAMES} <= set(pixels["file"])
+    assert len(pixels) == 9 + len(HOSTILE_NAMES)
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"x.zip::y.jpg", b"gone.jpg", b"pipe.jpg"])
+def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, processor, caplog, name):
+    folder = make_images(count=3)
+    path = os.path.join(os.fsencode(folder / "red"), name)
+    if name == b"gone.jpg":
+        os.symlink("nowhere", path)
+    elif name == b"pipe.jpg":
+        os.mkfifo(path)
+    else:
+        shutil.copy(folder / "red" / "000.jpg", path)
+    assert len(keep_readable(prepare(folder, processor, tmp_path / "cache"))) == 9
+    assert len(caplog.messages) == 1 and repr(os.fsdecode(name))[1:-1] in caplog.text
+
+
+def test_a_read_error_that_passes_is_not_kept_as_a_damaged_image(
+    tmp_path, make_images, processor, monkeypatch
+):
+    folder, cache, waits = make_images(count=3), tmp_path / "cache", []
+    read, failures = Path.read_bytes, [True, True]
+
+    def fail(path):
+        if path.name == "001.jpg" and failures and failures.pop():
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(finetune_vit.time, "sleep", waits.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert len(keep_readable(prepare(folder, processor, cache))) == 9
+    assert waits == [1, 2] or sorted(waits) == [1, 1]
+
+    failures[:] = [True] * 99  # it does not pass: no cache, and the next run reads everything
+    os.utime(folder / "red" / "001.jpg", (1, 1))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(Path, "read_bytes", fail)
+        prepare(folder, processor, cache)
+    assert len(keep_readable(prepare(folder, processor, cache))) == 9
+
+
+def test_a_cache_of_an_older_version_is_not_used(tmp_path, make_images, processor, monkeypatch):
+    folder, cache = make_images(count=3), tmp_path / "cache"
+    first = prepare(folder, processor, cache)["pixel_values"][0]
+    resize = finetune_vit.resize
+    monkeypatch.setattr(finetune_vit, "resize", lambda rgb, processor: 255 - resize(rgb, processor))
+    other = prepare(folder, processor, cache)["pixel_values"][0]
+    assert bytes(255 - value for value in other) == first
+
+
+@pytest.mark.parametrize("size", [0, 100, 0.5])
+def test_a_damaged_cache_is_made_again(tmp_path, make_images, processor, size):
+    folder, cache = make_images(count=3), tmp_path / "cache"
+    first = prepare(folder, processor, cache)[:]
+    path = next(cache.glob("pixels-*.arrow"))
+    with path.open("r+b") as file:
+        file.truncate(int(size * path.stat().st_size) if 0 < size < 1 else size)
+    assert prepare(folder, processor, cache)[:] == first
+
+
+def test_a_disk_without_room_for_the_cache_is_noticed_before(tmp_path, make_images, processor, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9 * 32 * 32 * 3 - 1))
+    with pytest.raises(SystemExit, match="GB free, but .* GB are needed"):
+        prepare(make_images(count=3), processor, tmp_path / "cache")

@@ -4,8 +4,11 @@ import re
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_script
 
 import finetune_vit
@@ -80,7 +83,83 @@ BAD = [
     (["nonsense"], "unknown argument nonsense"),
     (["--config", "no.yaml"], "cannot read --config no.yaml"),
     (["--report_to", "no_such_logger"], "pip install no_such_logger"),
+    (["--report_to", ""], "report_to"),
+    (["--learning_rate", "inf"], "learning_rate is inf; give 0 to 1e\\+06"),
+    (["--weight_decay", "-1"], "weight_decay is -1"),
+    (["--weight_decay", "inf"], "weight_decay is inf"),
+    (["--warmup_steps", "nan"], "warmup_steps is nan"),
+    (["--warmup_steps", "-1"], "warmup_steps"),
+    (["--max_grad_norm", "-1"], "max_grad_norm is -1"),
+    (["--label_smoothing_factor", "2"], "label_smoothing_factor is 2.0; give 0 to 1"),
+    (["--num_train_epochs", "1e12"], "num_train_epochs is 10+.0; give 0 to"),
+    (["--seed", "4294967296"], "seed is 4294967296"),
+    (["--seed", "1e3"], "seed.*1e3"),
+    (["--data_seed", "-1"], "data_seed is -1"),
+    (["--save_total_limit", "0"], "save_total_limit is 0; give 1"),
+    (["--save_total_limit", "-1"], "save_total_limit is -1"),
+    (["--per_device_train_batch_size", "999999999"], "per_device_train_batch_size is 999999999"),
+    (["--per_device_eval_batch_size", "-1"], "per_device_eval_batch_size is -1"),
+    (["--eval_accumulation_steps", "0"], "eval_accumulation_steps is 0"),
+    (["--dataloader_num_workers", "-1"], "dataloader_num_workers is -1"),
+    (["--eval_steps", "0"], "eval_steps is 0"),
+    (["--logging_strategy", "steps", "--logging_steps", "-1"], "logging_steps is -1"),
+    (["--adam_beta1", "2"], "optimizer refuses these settings: Invalid beta"),
+    (["--adam_epsilon", "-1"], "optimizer refuses these settings: Invalid epsilon"),
+    (["--optim", "adamw_bnb_8bit"], "optimizer refuses these settings: You need to install `bitsandbytes`"),
+    (["--optim", "sgdd"], "optim.*sgdd"),
+    (["--optim_args", "foo"], "optimizer refuses these settings"),
+    (["--lr_scheduler_type", "sinus"], "lr_scheduler_type.*sinus"),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], "optimizer refuses these settings.*min_lr"),
+    (["--lr_scheduler_kwargs", "{bad"], "property name"),
+    (["--torch_compile_backend", "nonsense"], "optimizer refuses these settings.*nonsense"),
+    (["--torch_compile_mode", "nonsense"], "optimizer refuses these settings.*nonsense"),
+    (["--use_cpu", "--fp16"], "--fp16 needs a GPU; leave it out"),
+    (["--bf16", "maybe"], "bf16.*maybe"),
+    (["--fsdp", "nonsense"], "nonsense"),
+    (["--deepspeed", "no.json"], "deepspeed"),
+    (["--accelerator_config", "no.json"], "no.json"),
+    (["--save_only_model"], "save_only_model would change.*what a run can go on from"),
+    (["--ignore_data_skip"], "ignore_data_skip would change"),
+    (["--test_size", "half"], "test_size.*half"),
+    (["--test_size", "inf"], "test_size"),
+    (["--cross_validate", "2.5"], "cross_validate.*2.5"),
+    (["--split_by", ""], "split_by"),
+    (["--augment", "FLIP"], "--augment does not know FLIP"),
+    (["--output_dir", ""], "--output_dir is empty"),
+    (["--data_root", " "], "--data_root is empty"),
+    (["--model_name_or_path", ""], "--model_name_or_path is empty"),
+    (["--data_sha256", "abc"], "data_sha256 abc is no SHA-256; give 64"),
+    (["--data_sha256", "0" * 64], "data_sha256 is for an archive"),
+    (["--external_dir", __file__], "external_dir .* is not a folder"),
+    (["--metric_for_best_model", ""], "metric_for_best_model"),
+    (["--load_best_model_at_end", "true", "--eval_strategy", "no"], "load_best_model_at_end requires"),
+    (["--hub_strategy", "foo"], "hub_strategy.*foo"),
+    (["--seed", "1", "2"], "unknown argument 2"),
+    (["--no_such_thing=hf_" + "x" * 34], "unknown argument --no_such_thing; "),
+    (["hf_" + "x" * 34], "unknown argument hf_\\.\\.\\.;"),
+    (["--evaluation_strategy", "epoch"], "did you mean --eval_strategy"),
+    (["--config"], "config.*expected one argument"),
+    (["--config", str(ROOT)], "cannot read --config"),
 ]
+BAD_URLS = [
+    ("", "--data_url is empty"),
+    ("no.zip", "no.zip is not a file; give a URL or the path of an archive"),
+    ("ftp://host/x.zip", "is not a file"),
+    (str(ROOT), "is not a file"),
+    (__file__, "is not named like an archive; give one that ends in"),
+    ("http://", "is not named like an archive"),
+    ("http://host/download?id=7", "is not named like an archive"),
+    ("http://[::1/x.zip", "is no URL: Invalid IPv6 URL"),
+    ("https://user:hidden-word@host/x.zip", "--data_url has a password in it"),
+]
+
+
+@pytest.mark.parametrize("url, message", BAD_URLS)
+def test_an_archive_that_cannot_be_is_one_error_line(tmp_path, url, message):
+    with pytest.raises(SystemExit) as stopped:
+        read_settings(["--data_url", url, "--output_dir", str(tmp_path / "model")])
+    line = str(stopped.value)
+    assert re.fullmatch(r"error: .+; .+", line) and message in line and "hidden-word" not in line
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
@@ -100,6 +179,13 @@ def test_a_mistake_is_one_error_line(folder, flags, message):
         ("seed: [1, 2", "cannot read"),
         ("seed: many", "seed.*many"),
         ("config: other.yaml", "unknown setting 'config'"),
+        ("output_dir: [a, b]", "unknown argument b"),
+        ("seed: {a: 1}", "seed"),
+        ("7: 8", "unknown setting '7'"),
+        ('data_root: "a\\0b"', "--data_root is empty or no text"),
+        ("[" * 5000, "cannot read"),
+        ("seed: \x00", "cannot read"),
+        ("!!python/object/apply:os.system ['true']", "cannot read"),
     ],
 )
 def test_a_mistake_in_the_yaml_file_is_one_error_line(tmp_path, folder, text, message):
@@ -109,9 +195,37 @@ def test_a_mistake_in_the_yaml_file_is_one_error_line(tmp_path, folder, text, me
     assert "\n" not in str(stopped.value)
 
 
-def test_missing_archive_is_found_at_once():
-    with pytest.raises(SystemExit, match="no.zip is not a file"):
-        read_settings(["--data_url", "no.zip"])
+NAMES = [
+    *Settings.__annotations__,
+    *TRAINING,
+    "weight_decay",
+    "max_steps",
+    "optim",
+    "warmup_steps",
+    "data_seed",
+]
+VALUES = st.one_of(
+    st.text(max_size=8), st.integers(), st.floats(), st.booleans(), st.none(),
+    st.sampled_from(["epoch", "no", "steps", "true", "random", ".", "/dev/null", "\u0663", "{}", "[]"]),
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(chosen=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3), yaml_file=st.booleans())
+def test_no_setting_ends_in_a_traceback(tmp_path_factory, chosen, yaml_file):
+    """Whatever is given: settings, or one line."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "images").mkdir()
+    flags = [f"--{name}={value}" for name, value in chosen.items()]
+    if yaml_file:
+        (folder / "run.yaml").write_text(yaml.safe_dump(chosen), encoding="utf-8")
+        flags = ["--config", str(folder / "run.yaml")]
+    try:
+        settings, training = read_settings(["--data_dir", str(folder / "images"), *flags])
+        assert 0 < settings.test_size < 1 and training.learning_rate >= 0
+    except SystemExit as stopped:
+        assert re.fullmatch(r"error: .+; .+", str(stopped)), stopped
+    assert [path.name for path in folder.iterdir() if path.name != "run.yaml"] == ["images"]
 
 
 def test_error_goes_to_standard_error_without_a_traceback():

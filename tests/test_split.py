@@ -81,7 +81,7 @@ def planted(tmp_path_factory):
             path = folder / "images" / "ab"[hash_of(name, number) % 2] / f"{number:02}-{name}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             change(picture).convert("RGB").save(path, quality=90)
-    images = load_images(folder / "images", folder / "cache")
+    images = load_images(folder / "images")
     processor = ViTImageProcessor(size={"height": 224, "width": 224})
     return prepare_pixels(images, folder / "images", processor, folder / "cache"), (3, 224, 224)
 

@@ -72,7 +72,7 @@ def main() -> None:
     temporary = tempfile.TemporaryDirectory()
     settings, _ = script.read_settings([*sys.argv[1:], "--output_dir", temporary.name])
     folder, cache = script.locate_images(settings), Path(settings.data_root) / "cache"
-    images = script.load_images(folder, cache)
+    images = script.load_images(folder)
     processor = ViTImageProcessor.from_pretrained(settings.model_name_or_path)
     images = script.keep_readable(script.prepare_pixels(images, folder, processor, cache))
     shape, labels, n = script.pixel_shape(processor), np.array(images["label"]), len(images)

@@ -354,7 +354,7 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
     folder = Path(options.data_dir or work / "photos").resolve()
     if options.data_dir is None:
         draw_photos(folder, 256)
-    images = script.load_images(folder, work / "cache")
+    images = script.load_images(folder)
     few = min(len(images), 64)
     settings = ["--output_dir", str(work / "model"), "--report_to", "none", "--disable_tqdm", "true"]
     settings += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]

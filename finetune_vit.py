@@ -100,13 +100,14 @@ AUGMENTATIONS = ("flip", "turn", "crop", "colour")
 METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
 COLUMNS = ("file", "split", "label", "prediction")  # of predictions.csv, before one a class
+TOKEN = r"hf_\w{30,}"  # of the Hub
 log = logging.getLogger("finetune_vit")
 
 
 def stop(problem: object, remedy: str) -> NoReturn:
     """End with one line that a user can act on, no token in it. Raises SystemExit: status 1, no traceback."""
     line = f"error: {' '.join(str(problem).split())}; {remedy}"
-    raise SystemExit(re.sub(r"hf_\w{30,}", "hf_...", line) if MAIN else 1)
+    raise SystemExit(re.sub(TOKEN, "hf_...", line) if MAIN else 1)
 
 
 def file_error(problem: BaseException) -> int | None:
@@ -114,11 +115,18 @@ def file_error(problem: BaseException) -> int | None:
     if isinstance(problem, OSError):
         return problem.errno
     number = re.search(r"os error (\d+)", str(problem))  # safetensors
-    return int(number[1]) if number else errno.EIO if "PytorchStreamWriter" in str(problem) else None
+    return int(number[1]) if number else errno.ENOSPC if "inline_container" in str(problem) else None
 
 
 PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}  # of a drive
-LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # until someone mends them
+LASTING = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+}  # until someone mends them
 
 
 def patiently(action: Callable, *args: Any) -> Any:
@@ -138,11 +146,15 @@ def end_in_one_line(
     kind: type[BaseException], problem: BaseException, traceback: TracebackType | None
 ) -> None:
     """Say what ended a script; a traceback is left to what no user can mend. For `sys.excepthook`."""
-    if issubclass(kind, KeyboardInterrupt) or file_error(problem) in PASSING | LASTING:
-        reason = "stopped" if issubclass(kind, KeyboardInterrupt) else f"error: {problem}"
-        if MAIN:
-            print(f"{reason}; run the same command to go on: what is finished is kept", file=sys.stderr)
-    else:
+    remedy = "run the same command to go on: what is finished is kept"
+    if issubclass(kind, KeyboardInterrupt) and MAIN:
+        print(f"stopped; {remedy}", file=sys.stderr)
+    elif file_error(problem) in PASSING | LASTING and MAIN:
+        print(
+            f"error: a file could not be read or written: {problem}; mend that, then {remedy}",
+            file=sys.stderr,
+        )
+    elif MAIN:
         sys.__excepthook__(kind, problem, traceback)
 
 
@@ -187,7 +199,7 @@ def remove(path: Path) -> None:
 def read_json(path: Path) -> dict:
     """Return the content of a JSON file, empty if there is none. Raises SystemExit if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return json.loads(patiently(path.read_bytes)) if path.exists() else {}
     except ValueError:
         stop(f"{path} is damaged", "delete it, and it is made again where that is possible")
 
@@ -206,8 +218,11 @@ def write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_text(path: Path, text: str) -> None:
-    with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+    def write() -> None:
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+    patiently(write)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -439,6 +454,8 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
             stop(f"--{name} is empty or no text", "give a value or leave it out")
     if training.fp16 and training.device.type == "cpu":
         stop("--fp16 needs a GPU", "leave it out, or use --bf16")
+    if re.search(TOKEN, json.dumps([dataclasses.asdict(settings), training.to_dict()])):
+        stop("a token of the Hub stands where it would be written down", "give it with --hub_token")
     for name in UNFIT.split():
         if getattr(training, name, None):
             stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
@@ -565,7 +582,7 @@ def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
             log.warning("warning: %s was begun by another version of this script", output_dir)
         return output_dir
     try:
-        patiently(write_json, path, record)
+        write_json(path, record)
     except OSError as problem:
         stop(f"cannot write into {output_dir}: {problem}", "choose another --output_dir")
     return output_dir
@@ -1487,7 +1504,7 @@ def safe_checkpoints(trainer: Trainer, training: TrainingArguments) -> Iterator[
         def on_save(self, args, state, control, **kwargs):
             if MAIN:
                 newest = output_dir / f"checkpoint-{state.global_step}"
-                write_json(newest / "files.json", checksums(newest))
+                write_json(newest / "files.json", patiently(checksums, newest))
                 found, best = checkpoints_in(output_dir), output_dir / f"checkpoint-{state.best_global_step}"
                 spare = [path for path in found if path not in (best, newest)]
                 for path in spare[: max(len(found) - limit, 0)] if limit else ():

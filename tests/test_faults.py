@@ -1,0 +1,301 @@
+"""The whole script against what goes wrong around it: kills, full disks, second runs, Drive, leaks."""
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+
+# Starts runs without their seconds of imports: a fresh process that has imported all, and forks for each line
+# of flags. A process that never used torch's threads may be forked.
+SERVER = """
+import json, os, runpy, sys
+import datasets, evaluate, matplotlib.figure, pandas, scipy.optimize, sklearn.metrics, torch, transformers
+from transformers import AutoConfig, Trainer, ViTForImageClassification, ViTImageProcessor
+for line in sys.stdin:
+    flags, output = json.loads(line)
+    child = os.fork()
+    if not child:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.argv = ["finetune_vit.py", *flags]
+        runpy.run_path("finetune_vit.py", run_name="__main__")
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    """Return a function that runs the script and sends it `kind`; it returns status, output, seconds."""
+    output = tmp_path_factory.mktemp("output") / "output.txt"
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def run(flags, seconds=None, kind=signal.SIGKILL):
+        server.stdin.write(json.dumps([[str(flag) for flag in flags], str(output)]) + "\n")
+        server.stdin.flush()
+        child, start = int(server.stdout.readline()), time.perf_counter()
+        if seconds is not None:
+            time.sleep(seconds)
+            with suppress(ProcessLookupError):  # it was faster
+                os.kill(child, kind)
+        status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
+        return status, output.read_text(), time.perf_counter() - start
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture
+def flags(tmp_path, make_images, tiny_vit):
+    """Flags of a run of a few seconds, but for its output_dir."""
+    return [
+        "--data_dir", make_images(count=20), "--data_root", tmp_path / "data", "--num_train_epochs", "6",
+        "--model_name_or_path", tiny_vit, "--learning_rate", "5e-3", "--report_to", "none",
+        "--per_device_train_batch_size", "8", "--disable_tqdm", "true",
+    ]  # fmt: skip
+
+
+def results(folder):
+    """What must be the same however often a run was killed: weights, predictions, scores."""
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    kept = {name: metrics[name] for name in ("test", "validation", "per_class", "calibration", "shortcuts")}
+    weights = {
+        name: value.numpy().tobytes() for name, value in load_file(folder / "model.safetensors").items()
+    }
+    return weights, (folder / "report" / "predictions.csv").read_bytes(), kept
+
+
+def finished_checkpoints(folder):
+    return sorted(int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/files.json"))
+
+
+def test_twenty_kills_at_random_moments_change_no_bit_and_repeat_no_finished_epoch(tmp_path, flags, runner):
+    status, text, seconds = runner([*flags, "--output_dir", tmp_path / "whole"])
+    assert status == 0, text
+    rng, kills, rounds = random.Random(0), 0, 0
+    while kills < 20:
+        rounds += 1
+        folder, status = tmp_path / f"killed-{rounds}", None
+        while status != 0:
+            saved = finished_checkpoints(folder)
+            share = rng.choice([0.3, 0.3, 1])  # two thirds of this small run are the report
+            moment = rng.uniform(0, seconds * share) if kills < 20 else None
+            status, text, _ = runner([*flags, "--output_dir", folder], moment)
+            assert status in (0, -signal.SIGKILL) and "Traceback" not in text, text
+            kills += status != 0
+            if "training on" in text and saved:
+                assert f"checkpoint-{saved[-1]}" in re.search("training on .*", text)[0], text
+        assert results(folder) == results(tmp_path / "whole")
+        assert not list(folder.rglob(".part*"))
+
+
+def test_a_signal_at_any_moment_is_one_line(tmp_path, flags, runner):
+    """Those in the middle of training, and Ctrl-C, are in test_finetune."""
+    status, text, seconds = runner([*flags, "--output_dir", tmp_path / "model"])
+    assert status == 0, text
+    folder, stopped = tmp_path / "stopped", 0
+    for share in (0.05, 0.15, 0.25, 0.5):
+        status, text, _ = runner([*flags, "--output_dir", folder], seconds * share, signal.SIGTERM)
+        assert "Traceback" not in text, text
+        if status != 0:
+            stopped += 1
+            last = text.strip().splitlines()[-1]
+            assert last == "stopped; run the same command to go on: what is finished is kept"
+            assert status == -signal.SIGINT
+    assert stopped >= 2
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, flags):
+    command = [sys.executable, "finetune_vit.py", *map(str, flags), "--output_dir", str(tmp_path / "model")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        for line in first.stdout:
+            if "20 images" in line or "60 images" in line:
+                break
+        second = run_script(*flags, "--output_dir", tmp_path / "model")
+        assert first.poll() is None or second.returncode == 0
+        assert first.wait() == 0
+    if second.returncode:
+        assert second.stderr.startswith(
+            f"error: another run is at work in {tmp_path / 'model'}; wait for its end"
+        )
+    assert run_script(*flags, "--output_dir", tmp_path / "model").returncode == 0
+
+
+@pytest.mark.parametrize("kilobytes", [10, 1000, 2500])
+def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(tmp_path, flags, kilobytes):
+    """No file may grow beyond a limit: the cache fails, or a checkpoint's weights, or its optimizer."""
+    flags += ["--model_name_or_path", "data/sample-vit", "--num_train_epochs", "1"]
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))"
+    limit = f"import os, resource, sys; {limit}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    full = run_script(*flags, "--output_dir", tmp_path / "model", launcher=("-c", limit))
+    assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
+    assert ("training on" in full.stdout) is (kilobytes > 10)
+    last = full.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        "error: a file could not be read or written: .*; mend that, then run the same .*", last
+    )
+    done = run_script(*flags, "--output_dir", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+
+
+# What Colab has that matters here: a package google.colab, and Drive as a mounted folder, which is slow and
+# fails at times. The mount point is that of the copy of the script, see `on_colab`.
+COLAB = """
+import errno, io, os, random, sys, time
+DRIVE, FAILS = {drive!r}, random.Random(0)
+ismount, real_open, real_replace, failures = os.path.ismount, io.open, os.replace, []
+os.path.ismount = lambda path: os.path.isdir(path) if str(path) == DRIVE else ismount(path)
+
+def slow(path):
+    if str(path).startswith(DRIVE):
+        time.sleep(0.01)
+        if "checkpoint" in str(path) and FAILS.random() < {rate}:
+            failures.append(path)
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+def open(path, *args, **kwargs):
+    slow(path)
+    return real_open(path, *args, **kwargs)
+
+def replace(source, target, **kwargs):
+    slow(target)
+    return real_replace(source, target, **kwargs)
+
+io.open = open
+__builtins__["open"] = open
+os.replace = replace
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+"""
+
+
+@pytest.fixture
+def on_colab(tmp_path):
+    """Return a function that runs the script with the stand-in for Colab, Drive mounted or not."""
+    drive, packages, work = tmp_path / "drive", tmp_path / "packages", tmp_path / "content"
+    for folder in (packages / "google" / "colab", work / "data"):
+        folder.mkdir(parents=True)
+    (packages / "google" / "colab" / "__init__.py").touch()
+    text = (ROOT / "finetune_vit.py").read_text()
+    assert text.count('"/content/drive"') == 1
+    (work / "finetune_vit.py").write_text(text.replace('"/content/drive"', repr(str(drive))))
+    shutil.copy(ROOT / "data" / "model_card.md", work / "data")
+
+    def run(*flags, mounted=True, rate=0.0):
+        if mounted:
+            (drive / "MyDrive").mkdir(parents=True, exist_ok=True)
+        (packages / "sitecustomize.py").write_text(COLAB.format(drive=str(drive), rate=rate))
+        command = [sys.executable, "finetune_vit.py", *map(str, flags)]
+        environment = os.environ | {"PYTHONPATH": str(packages)}
+        return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run, drive / "MyDrive" / "finetune_vit", work
+
+
+@pytest.fixture
+def web(tmp_path, make_images):
+    """The URL of an archive; how often it was asked for is the length of the list."""
+    make_images("wrapped/images", count=12)
+    shutil.make_archive(tmp_path / "served" / "images", "zip", tmp_path / "wrapped")
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path / "served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}/images.zip", asked
+        http.shutdown()
+
+
+def test_colab_keeps_results_on_drive_and_small_files_off_it(tmp_path, on_colab, web, tiny_vit):
+    run, home, work = on_colab
+    url, asked = web
+    flags = [
+        "--data_url",
+        url,
+        "--model_name_or_path",
+        tiny_vit,
+        "--num_train_epochs",
+        "2",
+        "--report_to",
+        "none",
+    ]
+    done = run(*flags, mounted=False)
+    assert done.returncode == 1 and "drive.mount('" in done.stderr and not asked
+    assert done.stderr.startswith("error: Google Drive is not mounted; run `from google.colab import drive;")
+    assert not home.parent.exists()
+
+    done = run(*flags, rate=0.15)
+    assert done.returncode == 0, done.stderr
+    assert "warning: [Errno 5] Input/output error" in done.stdout and "trying again in" in done.stdout
+    assert {path.name for path in home.iterdir()} >= {"images.zip", "model"}
+    assert (home / "model" / "report" / "metrics.json").exists() and list(
+        (home / "model").glob("checkpoint-*")
+    )
+    on_drive = {path.suffix for path in home.rglob("*") if path.is_file()}
+    assert not on_drive & {".jpg", ".arrow"}
+    assert len(list(work.rglob("*.jpg"))) == 36 and len(list(work.rglob("pixels-*.arrow"))) == 1
+
+    shutil.rmtree(work / "data" / "images")  # Colab disconnects: the machine's disk is lost, Drive is not
+    shutil.rmtree(work / "data" / "cache")
+    again = run(*flags)
+    assert again.returncode == 0 and "found the finished model" in again.stdout, again.stderr
+    assert asked == ["/images.zip"]
+
+
+def test_colab_without_drive_works_where_the_user_says(tmp_path, on_colab, web, tiny_vit):
+    run, home, _ = on_colab
+    flags = ["--data_url", web[0], "--model_name_or_path", tiny_vit, "--num_train_epochs", "0"]
+    done = run(*flags, "--output_dir", tmp_path / "mine", "--report_to", "none", mounted=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine" / "model.safetensors").exists() and not home.parent.exists()
+
+
+TOKEN = "hf_" + "MarkedSecretMarkedSecretMarkedSecret"[:34]
+
+
+def test_a_token_is_nowhere_to_be_found(tmp_path, flags):
+    """Given right, and wrong in the ways that happen; with TensorBoard."""
+    folder, texts = tmp_path / "model", []
+    flags[flags.index("--report_to") + 1] = "tensorboard"
+    flags += ["--output_dir", folder]
+    for more in (
+        ["--hub_token", TOKEN], ["--hub_token", TOKEN, "--seed", "7"], ["--hub_tokn", TOKEN],
+        [f"--hub_tokn={TOKEN}"], [TOKEN], ["--hub_token", TOKEN, "--output_dir", tmp_path / "other",
+         "--model_name_or_path", f"someone/{TOKEN}"], ["--learning_rate", TOKEN],
+    ):  # fmt: skip
+        done = run_script(*flags, *more)
+        texts.append(done.stdout + done.stderr)
+    assert "model and model card" in texts[0] and "seed was 42, is 7" in texts[1]
+    assert all(text.strip().splitlines()[-1].startswith("error: ") for text in texts[1:])
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert (
+        len(list(folder.glob("runs/**/events*"))) == 1 and len(list(folder.rglob("training_args.bin"))) == 2
+    )
+    assert "a token of the Hub stands where it would be written down" in texts[5]
+    found = [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert found == [] and not [text for text in texts if TOKEN in text]

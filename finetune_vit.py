@@ -46,13 +46,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -795,9 +793,6 @@ def fetch_rest(url: str, part: Path, note: Path, timeout: float) -> None:
         raise ConnectionError(f"{part.stat().st_size:,} of {size:,} bytes came")
 
 
-DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, tarfile.TarError)
-
-
 def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
     """Unpack a zip or tar archive into the new `folder`, with a progress bar.
 
@@ -816,7 +811,9 @@ def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
                 for member in tqdm(members, desc=archive.name, unit=" files"):
                     file.extract(member, part, **({} if is_zip else {"filter": "data"}))
             write_json(part / ".archive.json", origin)
-    except (*DAMAGE, EOFError, RuntimeError, ValueError) as problem:
+    except Exception as problem:  # of many kinds, by what is wrong with it
+        if file_error(problem) in PASSING | LASTING:
+            raise
         stop(f"cannot unpack {archive}: {problem}", "delete it if it is damaged")
 
 

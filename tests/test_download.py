@@ -1,9 +1,11 @@
 """Step 2: archives come whole or not at all, by path or from a server on this machine."""
 
 import errno
+import functools
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -14,7 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
+from PIL import Image
 
 import finetune_vit
 from finetune_vit import Settings
@@ -284,9 +289,9 @@ def write_zip(path, members):
             file.writestr(info, content)
 
 
-def write_tar(path, members):
+def write_tar(path, members, mode="w:gz"):
     kinds = {stat.S_IFLNK: tarfile.SYMTYPE, stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFIFO: tarfile.FIFOTYPE}
-    with tarfile.open(path, "w:gz") as file:
+    with tarfile.open(path, mode) as file:
         for name, content in members:
             info = tarfile.TarInfo(name)
             if isinstance(content, tuple):
@@ -413,3 +418,68 @@ def test_name_without_an_ending_is_an_error(tmp_path):
 def test_data_dir_is_taken_as_it_is(make_images):
     folder = make_images(count=1)
     assert locate_images(Settings(data_dir=str(folder))) == folder
+
+
+PARTS = st.sampled_from(
+    [
+        "a",
+        "b",
+        "A",
+        "..",
+        ".",
+        "",
+        " ",
+        "\u00e9",
+        "e\u0301",
+        "x.jpg",
+        "y.JPG",
+        "z.png",
+        "\n",
+        "CON",
+        "C:",
+        "-",
+    ]
+    + ["__MACOSX", ".DS_Store", "Thumbs.db", "a" * 300, "\\", "%2e%2e", "\ud800", "\udcff.jpg", "a::b.jpg"]
+)
+MEMBERS = st.lists(
+    st.tuples(
+        st.lists(PARTS, min_size=1, max_size=4).map("/".join), st.sampled_from(["jpeg", "text", "none"])
+    ),
+    max_size=8,
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.given(
+    members=MEMBERS,
+    kind=st.sampled_from(["zip", "tar.gz", "tar"]),
+    cut=st.floats(0, 1),
+    flips=st.lists(st.floats(0, 1), max_size=3),
+)
+def test_no_archive_ends_in_a_traceback(tmp_path_factory, members, kind, cut, flips):
+    """Odd names, damaged bytes, cut ends: a folder of images, or one line, and nothing outside."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(picture, "JPEG")
+    content = {"jpeg": picture.getvalue(), "text": b"hello", "none": b""}
+    path = folder / f"archive.{kind}"
+    try:
+        write = (
+            write_zip if kind == "zip" else functools.partial(write_tar, mode="w:gz" if "gz" in kind else "w")
+        )
+        write(path, [(name, content[which]) for name, which in members])
+    except (ValueError, OSError):  # no archive can hold such a name
+        return
+    body = bytearray(path.read_bytes())
+    for place in flips:
+        body[int(place * (len(body) - 1))] ^= 16
+    path.write_bytes(body[: int((1 if cut > 0.3 else cut) * len(body))])
+    try:
+        root = locate_images(Settings(data_url=str(path), data_root=str(folder / "deep" / "data")))
+        images = finetune_vit.load_images(root)
+        assert len(images) >= 1 and len(images.features["label"].names) >= 2
+    except SystemExit as stopped:
+        assert re.fullmatch(r"error: .+; .+", str(stopped)), stopped
+    assert {entry.name for entry in folder.iterdir()} == {path.name, "deep"}
+    assert {entry.name for entry in (folder / "deep").iterdir()} == {"data"}
+    assert {entry.name for entry in (folder / "deep" / "data").iterdir()} <= {".lock", "archive"}

@@ -1,11 +1,12 @@
 """Step 3: labels come from folder names, whatever else lies around."""
 
+import json
 import logging
 import shutil
 
 import pytest
 
-from finetune_vit import KVASIR, load_images
+from finetune_vit import KVASIR, load_images, record_data
 
 
 def names(images):
@@ -104,3 +105,35 @@ def test_kvasir_is_counted(tmp_path, make_images, caplog, count, complete):
     assert bool(caplog.messages) is not complete
     if not complete:
         assert "'esophagitis': 1000" in caplog.text and "'polyps': 998" in caplog.text
+
+
+def test_class_folders_may_be_links(tmp_path, make_images):
+    folder, real = tmp_path / "linked", make_images(count=3)
+    folder.mkdir()
+    for name in ("blue", "red"):
+        (folder / name).symlink_to(real / name)
+    assert names(load_images(folder)) == [(f"{c}/{i:03}.jpg", c) for c in ("blue", "red") for i in range(3)]
+
+
+def test_a_link_to_itself_ends(tmp_path, make_images):
+    folder = make_images(count=2)
+    (folder / "red" / "again").symlink_to(folder)
+    with pytest.raises(SystemExit, match="not directly in a class folder"):
+        load_images(folder)
+
+
+@pytest.mark.parametrize("name", ["set [1-3]*", "100% {x}", "a b'c", "*"])
+def test_folders_with_odd_names_are_loaded(tmp_path, make_images, name):
+    assert len(load_images(make_images(name, count=2))) == 6
+
+
+def test_results_of_other_images_are_not_mixed_in(tmp_path, make_images):
+    folder, output_dir = make_images(count=3), tmp_path / "model"
+    origin = {"bytes": 7, "sha256": "0" * 64, "mtime_ns": 1}
+    for _ in range(2):
+        record_data(load_images(folder), folder, origin, output_dir)
+    data = json.loads((output_dir / "settings.json").read_text())["data"]
+    assert data["images"] == 9 and data["archive_sha256"] == "0" * 64 and data["archive_bytes"] == 7
+    (folder / "red" / "000.jpg").write_bytes(b"other")
+    with pytest.raises(SystemExit, match="made from other images than those in .*; use another --output_dir"):
+        record_data(load_images(folder), folder, {}, output_dir)

@@ -1,12 +1,17 @@
 """Step 1: one folder, one run; the checkpoint is looked at before anything long starts."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from draw_sample import save_processor
 
-from finetune_vit import choose_checkpoint, open_workspace, read_settings
+from finetune_vit import choose_checkpoint, claim, keep_on_drive, open_workspace, read_settings
 
 
 @pytest.fixture
@@ -124,3 +129,103 @@ def test_a_checkpoint_that_does_not_fit_is_one_error_line(tmp_path, flags, confi
     with pytest.raises(SystemExit, match=message) as stopped:
         choose_checkpoint(settings, tmp_path / "model")
     assert "\n" not in str(stopped.value)
+
+
+def broken(folder, name, content):
+    shutil.copytree(folder, name)
+    for file, text in content.items():
+        (name / file).unlink(missing_ok=True)
+        if text is not None:
+            (name / file).write_bytes(text)
+    return name
+
+
+BROKEN = {
+    "no weights": {"model.safetensors": None},
+    "a pickle": {"model.safetensors": None, "pytorch_model.bin": b"x"},
+    "cut weights": {"model.safetensors": b"\x10\0\0\0\0\0\0\0{}"},
+    "empty weights": {"model.safetensors": b""},
+    "garbled config": {"config.json": b"{"},
+    "config of another kind": {"config.json": b"[1]"},
+    "no processor": {"preprocessor_config.json": None},
+    "garbled processor": {"preprocessor_config.json": b"{"},
+    "processor without size": {"preprocessor_config.json": b'{"size": 7.5}'},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_checkpoint_is_one_error_line_before_anything_else(tmp_path, flags, tiny_vit, name):
+    folder = broken(tiny_vit, tmp_path / "broken", BROKEN[name])
+    settings, _ = read_settings([*flags, "--model_name_or_path", str(folder)])
+    with pytest.raises(SystemExit, match=r"^error: cannot use .*/broken: .+; check --model_name") as stopped:
+        choose_checkpoint(settings, tmp_path / "model")
+    assert "\n" not in str(stopped.value)
+    if name == "a pickle":
+        assert "a pickle can run code" in str(stopped.value)
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "no state"])
+def test_a_damaged_finished_model_is_named_with_the_way_out(tmp_path, flags, tiny_vit, name):
+    shutil.copytree(tiny_vit, tmp_path / "model")
+    (tmp_path / "model" / "trainer_state.json").write_text("{}")
+    change = BROKEN.get(name, {"trainer_state.json": None})
+    folder = broken(tmp_path / "model", tmp_path / "other", change)
+    settings, _ = read_settings(flags)
+    if "model.safetensors" in change and change["model.safetensors"] is None:
+        assert choose_checkpoint(settings, folder) == str(tiny_vit)  # it was not finished
+    else:
+        with pytest.raises(SystemExit, match="; delete its model.safetensors to make it again from the last"):
+            choose_checkpoint(settings, folder)
+
+
+def test_a_missing_network_is_one_line_that_says_so(tmp_path, flags, monkeypatch):
+    settings, _ = read_settings([*flags, "--model_name_or_path", "someone/vit-that-is-not-here"])
+    with pytest.raises(
+        SystemExit, match="cannot use someone/vit.*; check --model_name_or_path and the network"
+    ):
+        choose_checkpoint(settings, tmp_path / "model")
+
+
+def test_garbled_settings_are_one_line(tmp_path, begun):
+    (tmp_path / "model" / "settings.json").write_text("{")
+    with pytest.raises(SystemExit, match="settings.json is damaged; delete it"):
+        open_workspace(*read_settings(begun))
+
+
+def test_results_of_another_version_of_the_script_are_pointed_out(tmp_path, begun, capsys):
+    path = tmp_path / "model" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"script_sha256": "0" * 64}))
+    open_workspace(*read_settings(begun))
+    assert "was begun by another version of this script" in capsys.readouterr().out
+
+
+def test_one_folder_has_one_run_at_a_time(tmp_path):
+    lock = claim(tmp_path / "model")
+    assert claim(tmp_path / "model") is lock  # the same cell, run again
+    code = "import sys, pathlib, finetune_vit; finetune_vit.claim(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 1 and other.stderr.startswith("error: another run is at work in")
+    lock.release(force=True)
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(SystemExit, match="cannot write into .*/notes/model: .*; choose another --output_dir"):
+        claim(tmp_path / "notes" / "model")
+
+
+@pytest.mark.parametrize("colab", [False, True])
+def test_drive_is_for_colab_only(tmp_path, flags, monkeypatch, colab):
+    if colab:
+        (tmp_path / "packages" / "google" / "colab").mkdir(parents=True)
+        (tmp_path / "packages" / "google" / "colab" / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "drive")
+    home = tmp_path / "drive" / "MyDrive" / "finetune_vit"
+    for output_dir, expected in (("model", home / "model"), (str(tmp_path / "drive" / "x"), None)):
+        settings, training = read_settings([*flags, "--output_dir", output_dir])
+        archives = keep_on_drive(settings, training, tmp_path / "drive")
+        assert archives == (home if colab else Path("data"))
+        assert training.output_dir == str(expected if colab and expected else output_dir)

@@ -84,10 +84,9 @@ class Lazy:
 
 
 datasets, evaluate, hub, transformers = map(Lazy, ("datasets", "evaluate", "huggingface_hub", "transformers"))
-safetensors, matplotlib, plot, pd, scipy = map(
-    Lazy, ("safetensors", "matplotlib", "matplotlib.figure", "pandas", "scipy")
-)
-metrics, torch, F = map(Lazy, ("sklearn.metrics", "torch", "torch.nn.functional"))
+matplotlib, plot, pd, scipy = map(Lazy, ("matplotlib", "matplotlib.figure", "pandas", "scipy"))
+metrics, safetensors, torch = map(Lazy, ("sklearn.metrics", "safetensors", "torch"))
+F = Lazy("torch.nn.functional")
 
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
 NOTEBOOK = "ipykernel" in sys.modules
@@ -116,15 +115,9 @@ def file_error(problem: BaseException) -> int | None:
     return int(number[1]) if number else errno.ENOSPC if "inline_container" in str(problem) else None
 
 
-PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}  # of a drive
-LASTING = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-}  # until someone mends them
+# What a network drive recovers from, and what someone has to mend.
+PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
+LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def patiently(action: Callable, *args: Any) -> Any:
@@ -140,20 +133,13 @@ def patiently(action: Callable, *args: Any) -> Any:
     return action(*args)
 
 
-def end_in_one_line(
-    kind: type[BaseException], problem: BaseException, traceback: TracebackType | None
-) -> None:
+def end_in_one_line(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
     """Say what ended a script; a traceback is left to what no user can mend. For `sys.excepthook`."""
-    remedy = "run the same command to go on: what is finished is kept"
-    if issubclass(kind, KeyboardInterrupt) and MAIN:
-        print(f"stopped; {remedy}", file=sys.stderr)
-    elif file_error(problem) in PASSING | LASTING and MAIN:
-        print(
-            f"error: a file could not be read or written: {problem}; mend that, then {remedy}",
-            file=sys.stderr,
-        )
+    text = "stopped" if issubclass(kind, KeyboardInterrupt) else f"error: a file cannot be used: {problem}"
+    if text != "stopped" and file_error(problem) not in PASSING | LASTING:
+        sys.__excepthook__(kind, problem, trace)
     elif MAIN:
-        sys.__excepthook__(kind, problem, traceback)
+        print(f"{text}; run the same command to go on: what is finished is kept", file=sys.stderr)
 
 
 if RUN and not NOTEBOOK:
@@ -365,10 +351,14 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.remove_unused_columns = False  # `collate` makes the model's inputs
     training.logging_nan_inf_filter = False  # a loss that is not finite must be seen, and no step wait for it
-    check_settings(settings, training)
-    if training.learning_rate is None:  # the square root: Malladi et al. 2022, arXiv 2205.10287
+    check_settings(settings)
+    if re.search(TOKEN, json.dumps([dataclasses.asdict(settings), training.to_dict()])):
+        stop("a token of the Hub stands where it would be written down", "give it with --hub_token")
+    if (
+        training.learning_rate is None and images_a_step(training) > 0
+    ):  # the square root: Malladi et al. 2022, arXiv 2205.10287
         training.learning_rate = float(f"{2e-5 * (images_a_step(training) / 16) ** 0.5:.3g}")
-    check_optimizer(training)
+    check_training(training)
     return settings, training
 
 
@@ -436,27 +426,14 @@ UNFIT = """dataloader_drop_last prediction_loss_only batch_eval_metrics label_na
 ignore_data_skip enable_jit_checkpoint"""
 
 
-def check_settings(settings: Settings, training: TrainingArguments) -> None:
+def check_settings(settings: Settings) -> None:
     """Find, before any long work, what would fail later. Raises SystemExit."""
     sizes = settings.test_size, settings.validation_size
     if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
         stop(f"test_size and validation_size are {sizes}", "give shares above 0 that add up to less than 1")
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            value = getattr(training, name)
-            if value is not None and not low <= value <= high:
-                stop(f"--{name} is {value}", f"give {low:g} to {high:g}")
-    for name in ("data_url", "data_root", "model_name_or_path", "output_dir"):
-        value = str(getattr(settings, name, None) or getattr(training, name, ""))
-        if not value.strip() or "\0" in value:
+    for name in ("data_url", "data_root", "model_name_or_path"):
+        if not getattr(settings, name).strip() or "\0" in getattr(settings, name):
             stop(f"--{name} is empty or no text", "give a value or leave it out")
-    if training.fp16 and training.device.type == "cpu":
-        stop("--fp16 needs a GPU", "leave it out, or use --bf16")
-    if re.search(TOKEN, json.dumps([dataclasses.asdict(settings), training.to_dict()])):
-        stop("a token of the Hub stands where it would be written down", "give it with --hub_token")
-    for name in UNFIT.split():
-        if getattr(training, name, None):
-            stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
     if settings.data_dir is None and not is_url(settings.data_url) and not Path(settings.data_url).is_file():
@@ -478,6 +455,22 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
         stop("--cross_validate cannot make folds from a CSV file", "use --split_by near-duplicates or random")
     if wrong := sorted(set(settings.augment.split(",")) - {"", *AUGMENTATIONS}):
         stop(f"--augment does not know {wrong[0]}", f"give any of {','.join(AUGMENTATIONS)}")
+
+
+def check_training(training: TrainingArguments) -> None:
+    """Find, before any long work, what the Trainer would find late, or not. Raises SystemExit."""
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(training, name)
+            if value is not None and not low <= value <= high:  # nan is refused as well
+                stop(f"--{name} is {value}", f"give {low:g} to {high:g}")
+    for name in UNFIT.split():
+        if getattr(training, name, None):
+            stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
+    if not training.output_dir.strip() or "\0" in training.output_dir:
+        stop("--output_dir is empty or no text", "give a folder or leave it out")
+    if training.fp16 and training.device.type == "cpu":
+        stop("--fp16 needs a GPU", "leave it out, or use --bf16")
     if training.resume_from_checkpoint is not None and not Path(training.resume_from_checkpoint).is_dir():
         stop(f"--resume_from_checkpoint {training.resume_from_checkpoint} is not a folder", "leave it out")
     metric = str(training.metric_for_best_model).removeprefix("eval_")
@@ -487,17 +480,11 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
     if missing := set(training.report_to) - set(loggers):
         names = " ".join(sorted(missing))
         stop(f"--report_to finds no {names}", f"pip install {names}, or --report_to none")
-
-
-def check_optimizer(training: TrainingArguments) -> None:
-    """Make optimizer and schedule, as the Trainer would only after all the preparation. Raises SystemExit."""
-    try:
+    try:  # what the Trainer makes only after all the preparation
         kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(training)
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options, weight_decay=training.weight_decay)
-        more = training.lr_scheduler_kwargs or {}
-        transformers.get_scheduler(
-            training.lr_scheduler_type, optimizer, 1, 9, scheduler_specific_kwargs=more
-        )
+        more = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
+        transformers.get_scheduler(training.lr_scheduler_type, optimizer, 1, 9, **more)
         if training.torch_compile:
             torch.compile(len, backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     except Exception as problem:
@@ -607,12 +594,8 @@ def versions() -> dict[str, str]:
 
 def choose_checkpoint(settings: Settings, output_dir: Path) -> str:
     """Return the finished model's folder, else the pretrained checkpoint. Raises SystemExit if no ViT."""
-    name, remedy = settings.model_name_or_path, "check --model_name_or_path and the network, or give a folder"
-    if (output_dir / "model.safetensors").exists():
-        name, remedy = (
-            str(output_dir),
-            "delete its model.safetensors to make it again from the last checkpoint",
-        )
+    finished = (output_dir / "model.safetensors").exists()
+    name = str(output_dir) if finished else settings.model_name_or_path
     log.info("reading the checkpoint %s", name)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -623,18 +606,20 @@ def choose_checkpoint(settings: Settings, output_dir: Path) -> str:
         if shape != (config.num_channels, size, size):
             raise ValueError(f"it prepares {shape} pixels for a {size}-pixel ViT")
         open_weights(name)
-        if name == str(output_dir):
+        if finished:
             transformers.TrainerState.load_from_json(output_dir / "trainer_state.json")
     except Exception as problem:  # of any kind, for whatever is damaged in there
+        remedy = "check --model_name_or_path and the network, or give a folder"
+        if finished:
+            remedy = "delete its model.safetensors to make it again from the last checkpoint"
         stop(f"cannot use {name}: {str(problem).strip().splitlines()[0]}", remedy)
     return name
 
 
 def open_weights(name: str) -> None:
     """Fetch the weights and read their table of contents. Raises OSError, ValueError, SafetensorError."""
-    find = functools.partial(
-        transformers.utils.cached_file, name, _raise_exceptions_for_missing_entries=False
-    )
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    find = functools.partial(transformers.utils.cached_file, name, **optional)
     if weights := find("model.safetensors"):
         with safetensors.safe_open(weights, "pt"):
             return

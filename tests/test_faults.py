@@ -148,9 +148,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(tmp_path, fla
     assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
     assert ("training on" in full.stdout) is (kilobytes > 10)
     last = full.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(
-        "error: a file could not be read or written: .*; mend that, then run the same .*", last
-    )
+    assert re.fullmatch("error: a file cannot be used: .*; run the same command to go on: .*", last)
     done = run_script(*flags, "--output_dir", tmp_path / "model")
     assert done.returncode == 0, done.stderr
 

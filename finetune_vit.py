@@ -91,6 +91,7 @@ F = Lazy("torch.nn.functional")
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
 NOTEBOOK = "ipykernel" in sys.modules
 MAIN = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes and speaks
+HIDDEN = (".", "__")  # what names such as .ipynb_checkpoints and __MACOSX begin with
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 SPLITS = ("train", "validation", "test")
 AUGMENTATIONS = ("flip", "turn", "crop", "colour")
@@ -152,7 +153,7 @@ def need_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         remedy = "free some, or choose a folder on another disk"
-        stop(f"{folder} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are needed", remedy)
+        stop(f"{folder} has {free / 1e6:,.0f} MB free, but {size / 1e6:,.0f} MB are needed", remedy)
 
 
 @contextmanager
@@ -178,6 +179,11 @@ def whole(path: Path) -> Iterator[Path]:
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -684,8 +690,7 @@ def identify(archive: Path, folder: Path, settings: Settings) -> dict[str, Any]:
         if now.items() <= before.items():  # the same file: 2 GB need not be read again
             now = before
         else:
-            with archive.open("rb") as file:
-                now["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            now["sha256"] = patiently(sha256_of, archive)
     elif before.get("url", now["url"]) == now["url"]:
         now = before
     if before and before["sha256"] != now.get("sha256"):
@@ -706,6 +711,7 @@ def download(url: str, archive: Path, timeout: float = 60) -> None:
         stop(f"{archive} came from another URL", f"use another --data_root, or delete {archive}")
     if archive.exists():
         return
+    archive.parent.mkdir(parents=True, exist_ok=True)
     remedy, most, tries = f"run again to go on, or put the file at {archive} by other means", 0, 0
     log.info("downloading %s", url)
     while tries < 6:
@@ -761,9 +767,8 @@ def fetch_rest(url: str, part: Path, note: Path, timeout: float) -> None:
         start *= response.status == 206
         size = start + int(response.headers.get("Content-Length") or 0)
         tag = response.headers.get("ETag", "W/")
-        validator = (
-            response.headers.get("Last-Modified") if tag.startswith("W/") else tag
-        )  # a weak one will not do
+        dated = response.headers.get("Last-Modified")
+        validator = dated if tag.startswith("W/") else tag  # a weak tag would not do
         rest = str(response.headers.get("Content-Range")).startswith(f"bytes {start}-")
         if start and not (rest and size == (known["size"] or size)):
             remove(part)
@@ -802,17 +807,16 @@ def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
         stop(f"cannot unpack {archive}: {problem}", "delete it if it is damaged")
 
 
-def refuse_hostile(
-    members: Iterable[zipfile.ZipInfo | tarfile.TarInfo], archive: Path
-) -> Iterator[zipfile.ZipInfo | tarfile.TarInfo]:
+def refuse_hostile(members: Iterable[Any], archive: Path) -> Iterator[zipfile.ZipInfo | tarfile.TarInfo]:
     """Pass on the members of an archive, as long as they are what image archives hold. Raises ValueError."""
-    total, seen, most = 0, {}, max(100 * archive.stat().st_size, 1 << 30)  # JPEGs hardly shrink
+    total, seen, most = 0, {}, max(100 * archive.stat().st_size, 1 << 30)  # bytes; JPEGs hardly shrink
     for count, member in enumerate(members, 1):
         if isinstance(member, zipfile.ZipInfo):
-            name, size, mode = member.filename, member.file_size, member.external_attr >> 16
-            plain = stat.S_IFMT(mode) in (0, stat.S_IFREG, stat.S_IFDIR)
+            name, size, folder = member.filename, member.file_size, member.is_dir()
+            plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
         else:
-            name, size, plain = member.name, member.size, member.isreg() or member.isdir()
+            name, size, folder = member.name, member.size, member.isdir()
+            plain = folder or member.isreg()
         path, total = PurePosixPath(name), total + size
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name.split("/")[0]:
             raise ValueError(f"{name!r} would lead out of its folder")
@@ -822,7 +826,7 @@ def refuse_hostile(
             raise ValueError(f"{count:,} files of {total:,} bytes and more are no archive of images")
         for part in [path, *path.parents]:  # on disks that take A and a for the same, one would be lost
             before = seen.setdefault(unicodedata.normalize("NFC", str(part)).casefold(), part)
-            if before != part or (part is path and before is not part and not name.endswith("/")):
+            if before != part or (part is path and before is not part and not folder):
                 raise ValueError(f"{str(part)!r} and {str(before)!r} have the same name")
         yield member
 
@@ -835,8 +839,7 @@ def class_root(folder: Path) -> Path:
 
 
 def visible(folder: Path) -> list[Path]:
-    """List a folder without names such as .ipynb_checkpoints, __MACOSX."""
-    return [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__"))]
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN)]
 
 
 if RUN:
@@ -882,10 +885,10 @@ def list_images(folder: Path) -> list[str]:
     """Return the paths of all image files below `folder`; leave out, by name, what cannot be one."""
     paths, kinds = [], tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         for name in names:
             path = os.path.join(root, name)
-            if name.startswith((".", "__")) or not name.lower().endswith(kinds):
+            if name.startswith(HIDDEN) or not name.lower().endswith(kinds):
                 continue
             if not os.path.isfile(path) or re.search("::|://|[\ud800-\udfff]", path):  # not UTF-8, or a URL
                 log.warning("left out, no file or a name that `datasets` cannot take: %r", path)
@@ -1519,12 +1522,8 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a checkpoint, but of what other processes may still be writing."""
-    result = {}
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith((".", "rng_state_")) and path.name != "files.json":
-            with path.open("rb") as file:
-                result[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return result
+    others = ("files.json", ".", "rng_state_")
+    return {path.name: sha256_of(path) for path in folder.iterdir() if not path.name.startswith(others)}
 
 
 def damage_of(checkpoint: Path) -> str:

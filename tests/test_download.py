@@ -234,7 +234,7 @@ def test_the_same_name_from_another_url_is_not_taken_for_it(tmp_path, server):
 
 def test_a_full_disk_is_noticed_before_the_download(tmp_path, server, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(server.body) - 1))
-    with pytest.raises(SystemExit, match="GB free, but .* GB are needed"):
+    with pytest.raises(SystemExit, match="MB free, but .* MB are needed"):
         fetch(server, tmp_path)
     assert left_over(tmp_path / "down") == [] and not list((tmp_path / "down").glob(".part*"))
 
@@ -337,7 +337,7 @@ def test_hostile_archives_are_refused_and_leave_nothing(tmp_path, name, kind):
 
 def test_a_disk_that_is_too_small_is_noticed_before_unpacking(tmp_path, archive, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(SystemExit, match="GB free, but"):
+    with pytest.raises(SystemExit, match="MB free, but"):
         locate_images(Settings(data_url=archive, data_root=str(tmp_path / "data")))
     assert left_over(tmp_path / "data") == []
 
@@ -375,6 +375,20 @@ def test_a_tar_cut_between_two_members_is_not_whole(tmp_path, make_images, end):
         file.truncate(last.offset + end)
     with pytest.raises(SystemExit, match="cannot unpack"):
         locate_images(Settings(data_url=path, data_root=str(tmp_path / "data")))
+
+
+def test_a_tar_may_name_its_folders_last(tmp_path):
+    with tarfile.open(tmp_path / "late.tar", "w") as file:
+        for name, kind in (
+            ("a/0.jpg", tarfile.REGTYPE),
+            ("b/0.jpg", tarfile.REGTYPE),
+            ("a", tarfile.DIRTYPE),
+        ):
+            info = tarfile.TarInfo(f"./{name}")
+            info.type, info.mode = kind, 0o755
+            file.addfile(info)
+    folder = locate_images(Settings(data_url=str(tmp_path / "late.tar"), data_root=str(tmp_path / "data")))
+    assert sorted(path.name for path in folder.glob("[ab]")) == ["a", "b"]
 
 
 def test_stray_files_around_the_class_folders_do_not_matter(tmp_path, make_images):

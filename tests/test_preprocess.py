@@ -296,5 +296,5 @@ def test_a_damaged_cache_is_made_again(tmp_path, make_images, processor, size):
 
 def test_a_disk_without_room_for_the_cache_is_noticed_before(tmp_path, make_images, processor, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9 * 32 * 32 * 3 - 1))
-    with pytest.raises(SystemExit, match="GB free, but .* GB are needed"):
+    with pytest.raises(SystemExit, match="MB free, but .* MB are needed"):
         prepare(make_images(count=3), processor, tmp_path / "cache")

@@ -1196,21 +1196,23 @@ def split_images(
     total = np.bincount(labels, minlength=len(names))
     if min(total) < len(SPLITS):
         stop(f"too few readable images of {names[total.argmin()]}", "each class needs 3, one for each split")
-    if path.exists() or settings.split_by not in ("near-duplicates", "random"):
-        split = split_by_file(files, path if path.exists() else Path(settings.split_by))
-        if path.exists() and Path(settings.split_by).is_file():
-            if (split != split_by_file(files, Path(settings.split_by))).any():
-                stop(
-                    f"{settings.split_by} has changed since {path} was made of it", "use another --output_dir"
-                )
+    decided = None if settings.split_by in ("near-duplicates", "random") else Path(settings.split_by)
+    if path.exists() or decided:
+        split = split_by_file(files, path if path.exists() else decided)
+        if path.exists() and decided and (split != split_by_file(files, decided)).any():
+            stop(f"{decided} has changed since {path} was made of it", "use another --output_dir")
     else:
-        split = np.array(SPLITS, dtype=object)[share_out(labels, units(groups, settings), sizes, seed)]
+        kept_whole = units(groups, settings)
+        few = [names[label] for label in set(labels) if len(set(kept_whole[labels == label])) < len(SPLITS)]
+        if few:
+            remedy = "add other images, or decide yourself with --split_by FILE.csv"
+            stop(f"too few groups of near-duplicates in {', '.join(few)}: each class needs 3", remedy)
+        split = np.array(SPLITS, dtype=object)[share_out(labels, kept_whole, sizes, seed)]
     for name, size in zip(SPLITS, sizes, strict=True):
         counts = np.bincount(labels[split == name], minlength=len(names))
         absent = ", ".join(np.array(names)[counts == 0])
         if absent and (name == "train" or not counts.any()):
-            remedy = "near-duplicates stay together: add images, or decide yourself with --split_by FILE.csv"
-            stop(f"no {name} images of {absent}", remedy)
+            stop(f"no {name} images of {absent}", "change the split's sizes or CSV file")
         if absent:
             log.warning("warning: no %s images of %s: no %s score counts them", name, absent, name)
         far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)
@@ -1488,12 +1490,11 @@ def safe_checkpoints(trainer: Trainer, training: TrainingArguments) -> Iterator[
 
         def on_save(self, args, state, control, **kwargs):
             if MAIN:
-                newest = output_dir / f"checkpoint-{state.global_step}"
+                newest, best = (
+                    output_dir / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step)
+                )
                 write_json(newest / "files.json", patiently(checksums, newest))
-                found, best = checkpoints_in(output_dir), output_dir / f"checkpoint-{state.best_global_step}"
-                spare = [path for path in found if path not in (best, newest)]
-                for path in spare[: max(len(found) - limit, 0)] if limit else ():
-                    shutil.rmtree(path)
+                delete_oldest(output_dir, {newest, best}, limit)
 
     def note(kind: int, frame: Any) -> None:
         guard.stopped = True
@@ -1520,6 +1521,14 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
+def delete_oldest(output_dir: Path, needed: set[Path], limit: int | None) -> None:
+    """Delete the oldest checkpoints but the `needed` ones, until there are `limit`, if there is a limit."""
+    found = checkpoints_in(output_dir)
+    spare = [path for path in found if path not in needed]
+    for path in spare[: max(len(found) - limit, 0)] if limit else ():
+        shutil.rmtree(path)
+
+
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a checkpoint, but of what other processes may still be writing."""
     others = ("files.json", ".", "rng_state_")
@@ -1537,10 +1546,9 @@ def damage_of(checkpoint: Path) -> str:
     found = checksums(checkpoint)
     if wrong := [name for name in listed if listed[name] != found.get(name)]:
         return f"{wrong[0]} is missing or damaged"
-    best = checkpoint.with_name(
-        f"checkpoint-{read_json(checkpoint / 'trainer_state.json')['best_global_step']}"
-    )
-    return damage_of(best) if best.name != "checkpoint-None" and best != checkpoint else ""
+    step = read_json(checkpoint / "trainer_state.json").get("best_global_step")
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    return damage_of(best) if step and best != checkpoint else ""
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -1610,20 +1618,19 @@ def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
 
 def find_checkpoint(training: TrainingArguments) -> Path | None:
     """Return the checkpoint to go on from. Raises SystemExit if the one that was asked for is damaged."""
-    if training.resume_from_checkpoint is None:
+    asked = training.resume_from_checkpoint
+    if asked is None:
         return newest_checkpoint(Path(training.output_dir))
-    if damage := damage_of(Path(training.resume_from_checkpoint)):
-        stop(
-            f"cannot resume from {training.resume_from_checkpoint}: {damage}",
-            "leave it out: the newest is taken",
-        )
-    return Path(training.resume_from_checkpoint)
+    if damage := damage_of(Path(asked)):
+        stop(f"cannot resume from {asked}: {damage}", "leave it out: the newest is found by itself")
+    return Path(asked)
 
 
 def train(trainer: Trainer, training: TrainingArguments, last: Path | None) -> None:
     """Train, from the checkpoint `last` if there is one. Raises KeyboardInterrupt, SystemExit."""
-    size = trainer.model.num_parameters() * 4 * 3  # bytes: the weights and two moments of AdamW
-    need_space(Path(training.output_dir), size * 3)  # the best, the newest and the one that replaces it
+    output_dir, size = Path(training.output_dir), trainer.model.num_parameters() * 4  # bytes
+    lacking = 3 - min(len(checkpoints_in(output_dir)), 2)  # the best, the newest, the one that replaces it
+    need_space(output_dir, size * (1 + 3 * lacking))  # each with two moments of AdamW; and the final weights
     precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
     log.info("training on %s in %s, from %s", training.device, precision, last or "the start")
     try:

@@ -323,3 +323,27 @@ def test_a_class_that_no_score_counts_is_named(images, tmp_path, caplog):
     mine = Settings(split_by=str(tmp_path / "my.csv"))
     split_images(images, alone(images), mine, 42, tmp_path / "split.csv")
     assert "no validation images of c" in caplog.text and "no test images of c" in caplog.text
+
+
+def test_fewer_groups_than_splits_are_one_error_line(images, tmp_path):
+    letters = [file[0] for file in images["file"]]
+    groups = [letter if letter == "c" else row for row, letter in enumerate(letters)]
+    groups = pd.Series(pd.factorize(pd.Series(groups, dtype=object))[0], images["file"][:])
+    with pytest.raises(
+        SystemExit, match="too few groups of near-duplicates in c: each class needs 3; add other"
+    ):
+        split_images(images, groups, Settings(), 42, tmp_path / "split.csv")
+    assert not (tmp_path / "split.csv").exists()
+
+
+def test_a_changed_csv_file_is_not_silently_ignored(images, tmp_path):
+    table = pd.DataFrame({"file": images["file"][:], "split": [SPLITS[i % 3] for i in range(len(images))]})
+    mine, path = Settings(split_by=str(tmp_path / "my.csv")), tmp_path / "split.csv"
+    table.to_csv(tmp_path / "my.csv", index=False)
+    split_images(images, alone(images), mine, 42, path)
+    table[::-1].to_csv(tmp_path / "my.csv", index=False)  # the same, in another order
+    split_images(images, alone(images), mine, 42, path)
+    table.loc[0, "split"] = "test"
+    table.to_csv(tmp_path / "my.csv", index=False)
+    with pytest.raises(SystemExit, match="my.csv has changed since .*split.csv was made of it"):
+        split_images(images, alone(images), mine, 42, path)

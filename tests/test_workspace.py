@@ -224,8 +224,9 @@ def test_drive_is_for_colab_only(tmp_path, flags, monkeypatch, colab):
         monkeypatch.syspath_prepend(tmp_path / "packages")
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "drive")
     home = tmp_path / "drive" / "MyDrive" / "finetune_vit"
-    for output_dir, expected in (("model", home / "model"), (str(tmp_path / "drive" / "x"), None)):
-        settings, training = read_settings([*flags, "--output_dir", output_dir])
+    on_drive, elsewhere = str(tmp_path / "drive" / "x"), str(tmp_path / "x")
+    for asked, given in (("model", str(home / "model")), (on_drive, on_drive), (elsewhere, elsewhere)):
+        settings, training = read_settings([*flags, "--output_dir", asked])
         archives = keep_on_drive(settings, training, tmp_path / "drive")
-        assert archives == (home if colab else Path("data"))
-        assert training.output_dir == str(expected if colab and expected else output_dir)
+        assert archives == (home if colab and asked != elsewhere else Path("data"))
+        assert training.output_dir == (given if colab else asked)

@@ -97,8 +97,9 @@ SPLITS = ("train", "validation", "test")
 AUGMENTATIONS = ("flip", "turn", "crop", "colour")
 METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
-COLUMNS = ("file", "split", "label", "prediction")  # of predictions.csv, before one a class
+COLUMNS = "file file_a file_b split label label_a label_b prediction".split()  # of our tables, always text
 TOKEN = r"hf_\w{30,}"  # of the Hub
+DAMAGED = "delete it, and it is made again where that is possible"
 log = logging.getLogger("finetune_vit")
 
 
@@ -188,29 +189,38 @@ def sha256_of(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """Return the content of a JSON file, empty if there is none. Raises SystemExit if it is damaged."""
+    with suppress(ValueError):
+        content = json.loads(patiently(path.read_bytes)) if path.exists() else {}
+        if isinstance(content, dict):
+            return content
+    stop(f"{path} is damaged", DAMAGED)
+
+
+def read_table(path: Path, columns: Iterable[str], remedy: str = DAMAGED) -> pd.DataFrame:
+    """Read a CSV file; file and class names stay text, even if they look like numbers or say NA.
+
+    Raises SystemExit if that is not possible, or it lacks one of `columns`.
+    """
     try:
-        return json.loads(patiently(path.read_bytes)) if path.exists() else {}
-    except ValueError:
-        stop(f"{path} is damaged", "delete it, and it is made again where that is possible")
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV file; file and class names stay text, even if they look like numbers or say NA."""
-    text = dict.fromkeys("file file_a file_b split label label_a label_b prediction".split(), str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False)
+        table = pd.read_csv(path, dtype=dict.fromkeys(COLUMNS, str), keep_default_na=False)
+    except (OSError, ValueError) as problem:
+        stop(f"cannot read {path}: {problem}", remedy)
+    if lacking := [name for name in columns if name not in table]:
+        stop(f"{path} has no column {lacking[0]}", remedy)
+    return table
 
 
 def write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Write a CSV file and return it as it will be read again: the same numbers now and later."""
     with whole(path) as part:
         table.to_csv(part, index=False, float_format="%.9g")
-        return read_table(part)
+        return read_table(part, table)
 
 
 def write_text(path: Path, text: str) -> None:
     def write() -> None:
         with whole(path) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", newline="\n")
 
     patiently(write)
 
@@ -360,11 +370,9 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     check_settings(settings)
     if re.search(TOKEN, json.dumps([dataclasses.asdict(settings), training.to_dict()])):
         stop("a token of the Hub stands where it would be written down", "give it with --hub_token")
-    if (
-        training.learning_rate is None and images_a_step(training) > 0
-    ):  # the square root: Malladi et al. 2022, arXiv 2205.10287
-        training.learning_rate = float(f"{2e-5 * (images_a_step(training) / 16) ** 0.5:.3g}")
     check_training(training)
+    if training.learning_rate is None:  # the square root: Malladi et al. 2022, arXiv 2205.10287
+        training.learning_rate = float(f"{2e-5 * (images_a_step(training) / 16) ** 0.5:.3g}")
     return settings, training
 
 
@@ -406,6 +414,8 @@ def archive_name(location: str) -> tuple[str, str]:
     """Return the file name of an archive, with and without its ending. Raises SystemExit if it has none."""
     try:
         url = urllib.parse.urlparse(location if is_url(location) else Path(location).absolute().as_uri())
+        if is_url(location) and (url.port == 0 or not url.hostname):  # to read the port checks it, too
+            raise ValueError("it names no server")
     except ValueError as problem:
         stop(f"--data_url is no URL: {problem}", "give a URL or the path of an archive")
     if "@" in url.netloc:
@@ -413,23 +423,27 @@ def archive_name(location: str) -> tuple[str, str]:
     name = Path(urllib.parse.unquote(url.path)).name
     endings = [ending for _, endings, _ in shutil.get_unpack_formats() for ending in endings]
     stems = [name[: -len(ending)] for ending in endings if name.lower().endswith(ending)]
-    if not any(stems):
+    if not any(stem.strip(".") for stem in stems):
         stop(f"{location} is not named like an archive", f"give one that ends in {', '.join(endings)}")
+    if "cache" in stems:
+        stop(f"{location} would be unpacked where the pixels are cached", "rename it")
     return name, min(stems, key=len)
 
 
+NO_TEXT = "[\0\ud800-\udfff]"  # what a text cannot hold: a null byte, or what is not UTF-8
 RANGES = {  # numbers of TrainingArguments by (least, most)
     (0, 1e6): "num_train_epochs learning_rate weight_decay max_grad_norm eval_delay dataloader_num_workers",
     (0, 1e9): "warmup_steps",
+    (-1, 1e9): "max_steps",
     (0, 1): "label_smoothing_factor",
     (0, 2**32 - 1): "seed data_seed",
     (1, 1e6): """gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size
     eval_accumulation_steps save_total_limit dataloader_prefetch_factor""",
     (1e-9, 1e9): "eval_steps save_steps logging_steps",
 }
-# These would change the scores, or a run that was cut off could not go on exactly.
-UNFIT = """dataloader_drop_last prediction_loss_only batch_eval_metrics label_names save_only_model
-ignore_data_skip enable_jit_checkpoint"""
+# Changed, these would change the scores, or a run that was cut off could not go on exactly.
+UNFIT = """dataloader_drop_last prediction_loss_only batch_eval_metrics eval_do_concat_batches label_names
+save_only_model ignore_data_skip enable_jit_checkpoint use_liger_kernel fsdp deepspeed""".split()
 
 
 def check_settings(settings: Settings) -> None:
@@ -437,12 +451,13 @@ def check_settings(settings: Settings) -> None:
     sizes = settings.test_size, settings.validation_size
     if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
         stop(f"test_size and validation_size are {sizes}", "give shares above 0 that add up to less than 1")
-    for name in ("data_url", "data_root", "model_name_or_path"):
-        if not getattr(settings, name).strip() or "\0" in getattr(settings, name):
+    for name in ("data_url", "data_dir", "data_root", "model_name_or_path", "split_by", "external_dir"):
+        value = getattr(settings, name)
+        if value is not None and (not value.strip() or re.search(NO_TEXT, value)):
             stop(f"--{name} is empty or no text", "give a value or leave it out")
-    if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
+    if settings.data_dir is not None and not os.path.isdir(settings.data_dir):
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
-    if settings.data_dir is None and not is_url(settings.data_url) and not Path(settings.data_url).is_file():
+    if settings.data_dir is None and not is_url(settings.data_url) and not os.path.isfile(settings.data_url):
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
     if settings.data_dir is None:
         archive_name(settings.data_url)
@@ -450,9 +465,9 @@ def check_settings(settings: Settings) -> None:
         stop(f"--data_sha256 {settings.data_sha256} is no SHA-256", "give 64 hexadecimal digits")
     if settings.data_sha256 is not None and settings.data_dir is not None:
         stop("--data_sha256 is for an archive, not for --data_dir", "leave one of them out")
-    if settings.external_dir is not None and not Path(settings.external_dir).is_dir():
+    if settings.external_dir is not None and not os.path.isdir(settings.external_dir):
         stop(f"--external_dir {settings.external_dir} is not a folder", "give one with one folder a class")
-    if settings.split_by not in ("near-duplicates", "random") and not Path(settings.split_by).is_file():
+    if settings.split_by not in ("near-duplicates", "random") and not os.path.isfile(settings.split_by):
         stop(f"--split_by {settings.split_by} is not a file", "give near-duplicates, random or a CSV file")
     if settings.cross_validate not in (0, *range(3, 1000)):
         remedy = "give 3 or more: each fold needs images to train, to validate and to test"
@@ -470,17 +485,18 @@ def check_training(training: TrainingArguments) -> None:
             value = getattr(training, name)
             if value is not None and not low <= value <= high:  # nan is refused as well
                 stop(f"--{name} is {value}", f"give {low:g} to {high:g}")
-    for name in UNFIT.split():
-        if getattr(training, name, None):
-            stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
-    if not training.output_dir.strip() or "\0" in training.output_dir:
+    for option in dataclasses.fields(training):
+        if option.name in UNFIT and getattr(training, option.name) != option.default:
+            text = "would change what is evaluated, or what a run can go on from"
+            stop(f"--{option.name} {text}", "leave it out")
+    if not training.output_dir.strip() or re.search(NO_TEXT, training.output_dir):
         stop("--output_dir is empty or no text", "give a folder or leave it out")
     if training.fp16 and training.device.type == "cpu":
         stop("--fp16 needs a GPU", "leave it out, or use --bf16")
-    if training.resume_from_checkpoint is not None and not Path(training.resume_from_checkpoint).is_dir():
+    if training.resume_from_checkpoint is not None and not os.path.isdir(training.resume_from_checkpoint):
         stop(f"--resume_from_checkpoint {training.resume_from_checkpoint} is not a folder", "leave it out")
-    metric = str(training.metric_for_best_model).removeprefix("eval_")
-    if metric not in ("None", "loss", *METRICS):
+    metric = training.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in ("loss", *METRICS):
         stop(f"unknown --metric_for_best_model {metric}", f"use one of loss, {', '.join(METRICS)}")
     loggers = transformers.integrations.get_available_reporting_integrations()
     if missing := set(training.report_to) - set(loggers):
@@ -488,7 +504,8 @@ def check_training(training: TrainingArguments) -> None:
         stop(f"--report_to finds no {names}", f"pip install {names}, or --report_to none")
     try:  # what the Trainer makes only after all the preparation
         kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(training)
-        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options, weight_decay=training.weight_decay)
+        options |= {"lr": training.learning_rate or 1e-5, "weight_decay": training.weight_decay}
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
         more = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
         transformers.get_scheduler(training.lr_scheduler_type, optimizer, 1, 9, **more)
         if training.torch_compile:
@@ -658,15 +675,17 @@ def locate_images(settings: Settings, archives: Path) -> tuple[Path, dict[str, A
     That is `data_dir` and nothing, or the unpacked archive and its url, bytes, mtime_ns and sha256. It is
     downloaded into the folder `archives` and unpacked into `data_root` if need be. Raises SystemExit.
     """
-    if settings.data_dir is not None:
-        return Path(settings.data_dir).resolve(), {}
     url, root = settings.data_url, Path(settings.data_root)
-    name, stem = archive_name(url)
-    archive, folder = archives / name if is_url(url) else Path(url), root / stem
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         stop(f"cannot write into {root}: {problem}", "choose another --data_root")
+    if settings.data_dir is not None:
+        return Path(settings.data_dir).resolve(), {}
+    name, stem = archive_name(url)
+    archive, folder = archives / name if is_url(url) else Path(url), root / stem
+    if folder.is_file():
+        stop(f"{folder} is a file, where {name} is to be unpacked", "move it, or use another --data_root")
     with filelock.FileLock(root / ".lock"):  # a second run waits for the first one's download
         if is_url(url) and not folder.exists():
             download(url, archive)
@@ -795,8 +814,8 @@ def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
             with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as file:
                 is_zip = isinstance(file, zipfile.ZipFile)
                 members = list(refuse_hostile(file.infolist() if is_zip else file, archive))
-                if not is_zip and file.fileobj.tell() != file.offset + tarfile.BLOCKSIZE:
-                    raise EOFError("its end, a block of zeros, is missing")
+                if not is_zip:
+                    check_end(file)
                 need_space(part, sum(m.file_size if is_zip else m.size for m in members))
                 for member in tqdm(members, desc=archive.name, unit=" files"):
                     file.extract(member, part, **({} if is_zip else {"filter": "data"}))
@@ -805,6 +824,15 @@ def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
         if file_error(problem) in PASSING | LASTING:
             raise
         stop(f"cannot unpack {archive}: {problem}", "delete it if it is damaged")
+
+
+def check_end(archive: tarfile.TarFile) -> None:
+    """Raise EOFError or OSError unless all of it is there: `tarfile` takes any damaged header for its end."""
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise EOFError("its end, a block of zeros, is missing")
+    while archive.fileobj.read(1 << 20):  # to where a compressed file keeps its checksum
+        pass
 
 
 def refuse_hostile(members: Iterable[Any], archive: Path) -> Iterator[zipfile.ZipInfo | tarfile.TarInfo]:
@@ -884,8 +912,12 @@ def is_kvasir(folder: Path) -> bool:
 def list_images(folder: Path) -> list[str]:
     """Return the paths of all image files below `folder`; leave out, by name, what cannot be one."""
     paths, kinds = [], tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
+    seen = {os.path.realpath(folder)}  # links may lead in circles
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        found = [name for name in sorted(folders, reverse=True) if not name.startswith(HIDDEN)]
+        inside = {os.path.realpath(os.path.join(root, name)): name for name in found}
+        folders[:] = [name for path, name in inside.items() if path not in seen]
+        seen.update(inside)
         for name in names:
             path = os.path.join(root, name)
             if name.startswith(HIDDEN) or not name.lower().endswith(kinds):
@@ -1115,14 +1147,14 @@ def find_near_duplicates(images: Dataset, shape: tuple[int, int, int], path: Pat
 
     Columns: file_a, file_b, distance (see `compare`), label_a, label_b. Near first.
     """
+    columns = ["file_a", "file_b", "distance", "label_a", "label_b"]
     if path.exists():
-        return read_table(path)
+        return read_table(path, columns)
     views = thumbnails(images, shape)
     names = np.array(images.features["label"].names, dtype=object)
     of = pd.DataFrame({"file": images["file"][:], "label": names[images["label"][:]]})
     pairs = compare(views, views).join(of.add_suffix("_a"), on="a").join(of.add_suffix("_b"), on="b")
-    pairs = pairs[["file_a", "file_b", "distance", "label_a", "label_b"]]
-    return write_table(path, pairs)
+    return write_table(path, pairs[columns])
 
 
 def thumbnails(images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
@@ -1196,17 +1228,20 @@ def split_images(
     total = np.bincount(labels, minlength=len(names))
     if min(total) < len(SPLITS):
         stop(f"too few readable images of {names[total.argmin()]}", "each class needs 3, one for each split")
+    kept_whole = units(groups, settings)
+    fewest, scarce = min((len(set(kept_whole[labels == label])), name) for label, name in enumerate(names))
+    if fewest < settings.cross_validate:
+        text = f"--cross_validate {settings.cross_validate}, but only {fewest} groups of images of {scarce}"
+        stop(text, "give fewer folds: each tests every class")
     decided = None if settings.split_by in ("near-duplicates", "random") else Path(settings.split_by)
     if path.exists() or decided:
         split = split_by_file(files, path if path.exists() else decided)
         if path.exists() and decided and (split != split_by_file(files, decided)).any():
             stop(f"{decided} has changed since {path} was made of it", "use another --output_dir")
     else:
-        kept_whole = units(groups, settings)
-        few = [names[label] for label in set(labels) if len(set(kept_whole[labels == label])) < len(SPLITS)]
-        if few:
+        if fewest < len(SPLITS):
             remedy = "add other images, or decide yourself with --split_by FILE.csv"
-            stop(f"too few groups of near-duplicates in {', '.join(few)}: each class needs 3", remedy)
+            stop(f"too few groups of near-duplicates in {scarce}: each class needs 3", remedy)
         split = np.array(SPLITS, dtype=object)[share_out(labels, kept_whole, sizes, seed)]
     for name, size in zip(SPLITS, sizes, strict=True):
         counts = np.bincount(labels[split == name], minlength=len(names))
@@ -1250,11 +1285,8 @@ def share_out(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], s
 
 def split_by_file(files: list[str], path: Path) -> np.ndarray:
     """Return what column split of the CSV file `path` says of each file, "" if nothing. Raises SystemExit."""
-    try:
-        table = read_table(path)
-        chosen = dict(zip(table["file"], table["split"], strict=True))
-    except (OSError, ValueError, KeyError) as problem:
-        stop(f"cannot read a split from {path}: {problem}", "give a CSV file with columns file, split")
+    table = read_table(path, ["file", "split"], "give a CSV file with columns file, split")
+    chosen = dict(zip(table["file"], table["split"], strict=True))
     if len(chosen) != len(table):
         stop(f"{path} names {len(table) - len(chosen)} files twice", "give each file one line")
     if wrong := sorted(set(chosen.values()) - set(SPLITS)):
@@ -1313,24 +1345,31 @@ def load_model(
     """Return the checkpoint as a float32 classifier of uint8 `pixel_values` (n, channels, height, width).
 
     Its head is kept if it was trained on the same classes in the same order, else drawn anew from `seed`.
-    `kinds` of augmentation, see `augment`, vary the images while it trains.
+    `kinds` of augmentation, see `augment`, vary the images while it trains. Raises SystemExit if other
+    weights are missing.
     """
     id2label, config = dict(enumerate(class_names)), transformers.AutoConfig.from_pretrained(checkpoint)
     transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
-    model = transformers.ViTForImageClassification.from_pretrained(
+    model, found = transformers.ViTForImageClassification.from_pretrained(
         checkpoint,
         id2label=id2label,
         label2id={name: label for label, name in id2label.items()},
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
         use_safetensors=True,
+        output_loading_info=True,
     )
-    if config.id2label != id2label:
+    same = config.id2label == id2label
+    drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    if lacking := sorted(name for name in drawn if same or not name.startswith("classifier.")):
+        text = f"the weights in {checkpoint} are not those of its config.json: {lacking[0]} is missing"
+        stop(f"{text} or of another size", "use another --model_name_or_path")
+    if not same:
         transformers.set_seed(seed)
         torch.nn.init.trunc_normal_(model.classifier.weight, std=config.initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
         model.config.calibration_temperature = 1.0  # or that of another head stays
-    head = "its own" if config.id2label == id2label else "a new"
+    head = "its own" if same else "a new"
     log.info("%s: %.1f million parameters, %s head", checkpoint, model.num_parameters() / 1e6, head)
     normalise_on_device(model, processor, kinds)
     return model
@@ -1532,18 +1571,22 @@ def delete_oldest(output_dir: Path, needed: set[Path], limit: int | None) -> Non
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a checkpoint, but of what other processes may still be writing."""
     others = ("files.json", ".", "rng_state_")
-    return {path.name: sha256_of(path) for path in folder.iterdir() if not path.name.startswith(others)}
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(others)]
+    return {path.name: sha256_of(path) for path in files}
+
+
+NEEDED = {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}  # to go on from
 
 
 def damage_of(checkpoint: Path) -> str:
     """Say what is wrong with a checkpoint, or with that of the best epoch before it; "" if nothing."""
     if (checkpoint / "pytorch_model.bin").exists():
         return "pytorch_model.bin is a pickle, which can run code"
-    try:
+    listed, found = {}, checksums(checkpoint)
+    with suppress(OSError, ValueError):
         listed = json.loads((checkpoint / "files.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not isinstance(listed, dict) or not NEEDED <= listed.keys():
         return "it was not finished, or not made by this script"
-    found = checksums(checkpoint)
     if wrong := [name for name in listed if listed[name] != found.get(name)]:
         return f"{wrong[0]} is missing or damaged"
     step = read_json(checkpoint / "trainer_state.json").get("best_global_step")
@@ -1708,12 +1751,17 @@ if RUN:
 def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path: Path) -> pd.DataFrame:
     """Return one row an image of the named splits: file, split, label, prediction, one probability a class.
 
-    Splits that the CSV file `path` holds are read from it; the others are predicted and added to it.
+    Splits that the CSV file `path` holds, whole, are read from it; the others are predicted and added to it.
     """
     classes = np.array(splits[names[0]].features["label"].names)
-    tables = [read_table(path)] if path.exists() else []
-    done = set(tables[0]["split"]) if tables else set()
-    missing = [name for name in names if name not in done]
+    tables = {}
+    if path.exists():
+        found = read_table(path, ["file", "split", "label", "prediction", *classes]).groupby(
+            "split", sort=False
+        )
+        files = {name: part["file"][:] for name, part in splits.items()}
+        tables = {name: table for name, table in found if table["file"].tolist() == files.get(name)}
+    missing = [name for name in names if name not in tables]
     for name in missing:
         inputs = splits[name].select_columns(["pixel_values", "label"])
         outputs = trainer.predict(inputs, metric_key_prefix=name)
@@ -1721,8 +1769,9 @@ def predict(trainer: Trainer, splits: DatasetDict, names: tuple[str, ...], path:
         probabilities = scipy.special.softmax(outputs.predictions.astype(float), axis=1)
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
-        tables.append(pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1))
-    return write_table(path, pd.concat(tables, ignore_index=True)) if missing else tables[0]
+        tables[name] = pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1)
+    predictions = pd.concat(tables.values(), ignore_index=True)
+    return write_table(path, predictions) if missing else predictions
 
 
 def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -1930,7 +1979,7 @@ def cross_validate(
         role = np.select([fold_of == fold, fold_of == (fold + 1) % folds], ["test", "validation"], "train")
         parts = datasets.DatasetDict({name: images.select(np.flatnonzero(role == name)) for name in SPLITS})
         if (kept := folder / "predictions.csv").exists():
-            table = read_table(kept)
+            table = read_table(kept, ["label", *class_names])
         else:
             log.info("fold %s of %s", fold + 1, folds)
             folder.mkdir(parents=True, exist_ok=True)
@@ -2212,12 +2261,12 @@ def write_report(
     pictures = {name: draw for name, (wanted, draw) in pictures.items() if wanted}
     card = str(make_model_card(results, list(pictures), image_folder))
     made, shown = report / "model_card.md", output_dir / "README.md"
-    before = made.read_text(encoding="utf-8") if made.exists() else None
-    if before != card:
+    before = made.read_bytes() if made.exists() else None
+    if before != card.encode():
         for name, draw in pictures.items():
-            with whole(report / name) as part:
-                draw().savefig(part, dpi=150)
-        if not shown.exists() or shown.read_text(encoding="utf-8") == before:
+            with whole(report / name) as part, matplotlib.rc_context({"text.parse_math": False}):
+                draw().savefig(part, dpi=150)  # a $ in a class name is no formula
+        if not shown.exists() or shown.read_bytes() == before:
             write_text(shown, card)
         write_text(made, card)
     log.info("model and model card: %s; numbers and pictures: %s", output_dir, report)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -315,6 +316,8 @@ HOSTILE = {
     "folder case": ([("Polyps/0.jpg", b"x"), ("polyps/1.jpg", b"y")], "'polyps' and 'Polyps' have the same"),
     "unicode": ([("a/\u00e9.jpg", b"x"), ("a/e\u0301.jpg", b"y")], "have the same name"),
     "twice": ([("a/0.jpg", b"x"), ("a/0.jpg", b"y")], "have the same name"),
+    "file and folder": ([("a", b"x"), ("a/0.jpg", b"y")], "cannot unpack"),
+    "our own name": ([("a/0.jpg", b"x"), (".archive.json/0.jpg", b"y")], "cannot unpack"),
     "many": ([(f"a/{i}.jpg", b"") for i in range(200_001)], "200,001 files"),
     "bomb": ([("a/0.bmp", ZEROS), ("a/1.bmp", ZEROS), ("a/2.bmp", ZEROS)], "are no archive of images"),
 }
@@ -377,6 +380,32 @@ def test_a_tar_cut_between_two_members_is_not_whole(tmp_path, make_images, end):
         locate_images(Settings(data_url=path, data_root=str(tmp_path / "data")))
 
 
+def test_a_flipped_bit_in_a_compressed_tar_is_noticed_wherever_it_is(tmp_path):
+    """Random pixels, so that gzip stores them as they are: only its checksum, at the end, tells."""
+    rng, path = np.random.default_rng(0), tmp_path / "pixels.tar.gz"
+    write_tar(path, [(f"{label}/{i}.bmp", rng.bytes(3000)) for label in "ab" for i in range(5)])
+    body = path.read_bytes()
+    for place in rng.integers(20, len(body) - 1, 30):
+        path.write_bytes(body[:place] + bytes([body[place] ^ 4]) + body[place + 1 :])
+        with pytest.raises(SystemExit, match="cannot unpack"):
+            locate_images(Settings(data_url=str(path), data_root=str(tmp_path / "data")))
+    path.write_bytes(body)
+    folder = locate_images(Settings(data_url=str(path), data_root=str(tmp_path / "data")))
+    assert len(list(folder.glob("*/*.bmp"))) == 10
+
+
+def test_a_damaged_header_inside_a_tar_is_not_its_end(tmp_path, make_images):
+    make_images("wrapped/endoscopy", count=2)
+    path = shutil.make_archive(tmp_path / "header", "tar", tmp_path / "wrapped")
+    with tarfile.open(path) as file:
+        middle = file.getmembers()[5]
+    with open(path, "r+b") as file:
+        file.seek(middle.offset + 150)  # its checksum
+        file.write(b"x")
+    with pytest.raises(SystemExit, match="cannot unpack .*its end, a block of zeros, is missing"):
+        locate_images(Settings(data_url=path, data_root=str(tmp_path / "data")))
+
+
 def test_a_tar_may_name_its_folders_last(tmp_path):
     with tarfile.open(tmp_path / "late.tar", "w") as file:
         for name, kind in (
@@ -427,6 +456,18 @@ def test_another_archive_of_the_same_name_is_not_mixed_up(tmp_path, archive, mak
 def test_name_without_an_ending_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="not named like an archive"):
         locate_images(Settings(data_url="http://127.0.0.1:9/download", data_root=str(tmp_path)))
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path, archive, make_images):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "endoscopy").write_text("mine")
+    with pytest.raises(
+        SystemExit, match="endoscopy is a file, where endoscopy.zip is to be unpacked; move it"
+    ):
+        locate_images(Settings(data_url=archive, data_root=str(tmp_path / "data")))
+    settings = Settings(data_dir=str(make_images()), data_root=archive)
+    with pytest.raises(SystemExit, match="cannot write into .*; choose another --data_root"):
+        finetune_vit.locate_images(settings, tmp_path)
 
 
 def test_data_dir_is_taken_as_it_is(make_images):

@@ -204,6 +204,31 @@ def test_each_split_is_predicted_once(tmp_path, splits):
     assert probabilities[0, 0] == pytest.approx(np.exp(3) / (np.exp(3) + 2), rel=1e-6)
 
 
+@pytest.mark.parametrize("damage", ["rows lost", "rows twice", "a file of another set"])
+def test_predictions_that_are_not_of_these_images_are_made_again(tmp_path, splits, damage):
+    path = tmp_path / "predictions.csv"
+    first = predict(Stand(tmp_path), splits, ("validation", "test"), path)
+    rows, trainer = first.to_csv(index=False).splitlines(), Stand(tmp_path)
+    rows = {"rows lost": rows[:-2], "rows twice": rows + rows[-1:]}.get(damage, [*rows[:-1], "y" + rows[-1]])
+    path.write_text("\n".join(rows))
+    again = predict(trainer, splits, ("validation", "test"), path)
+    assert trainer.reads == ["test"]
+    pd.testing.assert_frame_equal(again, first)
+    pd.testing.assert_frame_equal(predict(trainer, splits, ("validation", "test"), path), first)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "cannot read .*predictions.csv: No columns"), (b"\xff\xfe\x00", "cannot read"),
+     (b"file,split,label,prediction,a,001\n", "has no column NA"), (b'a\n"b', "cannot read")],
+)  # fmt: skip
+def test_a_damaged_table_is_one_line_with_the_way_out(tmp_path, splits, content, message):
+    (tmp_path / "predictions.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{message}.*; delete it, and it is made again") as stopped:
+        predict(Stand(tmp_path), splits, ("validation", "test"), tmp_path / "predictions.csv")
+    assert "\n" not in str(stopped.value)
+
+
 @pytest.fixture
 def measured(tmp_path, tiny_vit):
     """A trainer with an untrained model, splits of 12 black images with one grey corner, and their groups."""

@@ -269,6 +269,8 @@ DAMAGES = {
     ),
     "missing": (lambda c: (c / "trainer_state.json").unlink(), "trainer_state.json is missing or damaged"),
     "unfinished": (lambda c: (c / "files.json").unlink(), "not finished, or not made by this script"),
+    "no list": (lambda c: (c / "files.json").write_text("null"), "not finished, or not made by this script"),
+    "short list": (lambda c: (c / "files.json").write_text("{}"), "not finished, or not made by this script"),
     "empty list": (lambda c: (c / "files.json").write_text(""), "not finished, or not made by this script"),
     "pickle": (lambda c: (c / "pytorch_model.bin").write_bytes(b"x"), "a pickle, which can run code"),
 }
@@ -366,5 +368,5 @@ def test_a_disk_without_room_for_checkpoints_is_noticed_before_training(start, m
     trainer, training = start("model")
     monkeypatch.setattr(finetune_vit.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     monkeypatch.setattr(trainer, "train", None)
-    with pytest.raises(SystemExit, match="has 0.0 MB free, but .* MB are needed"):
+    with pytest.raises(SystemExit, match="has 0 MB free, but"):
         fine_tune(trainer, training)

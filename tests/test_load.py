@@ -73,6 +73,10 @@ def damage_reserved_name(folder):
     (folder / "red").rename(folder / "label")
 
 
+def damage_name_of_a_pair(folder):
+    (folder / "red").rename(folder / "file_a")
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -81,6 +85,7 @@ def damage_reserved_name(folder):
         (damage_one_class, "one class only"),
         (damage_no_images, "no images"),
         (damage_reserved_name, "a class is called label"),
+        (damage_name_of_a_pair, "a class is called file_a"),
     ],
 )
 def test_folders_that_mislead_are_refused(tmp_path, make_images, damage, message):
@@ -118,7 +123,18 @@ def test_class_folders_may_be_links(tmp_path, make_images):
 def test_a_link_to_itself_ends(tmp_path, make_images):
     folder = make_images(count=2)
     (folder / "red" / "again").symlink_to(folder)
-    with pytest.raises(SystemExit, match="not directly in a class folder"):
+    assert len(load_images(folder)) == 6
+
+
+def test_links_in_circles_end(tmp_path, make_images):
+    """Followed blindly, these would be paths by the million."""
+    folder = make_images(count=2)
+    (folder / "red" / "deep").mkdir()
+    for i in range(8):
+        (folder / "red" / "deep" / f"up{i}").symlink_to(folder / "red")
+    assert len(load_images(folder)) == 6
+    (folder / "yellow").symlink_to(folder / "red")  # one class under two names
+    with pytest.raises(SystemExit, match="no images in yellow"):
         load_images(folder)
 
 

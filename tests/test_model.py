@@ -1,9 +1,13 @@
 """Step 6: float32 weights, a head for our classes, pixels normalised in one place."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from finetune_vit import augment, load_model
@@ -141,4 +145,32 @@ def test_a_pickled_checkpoint_is_refused(tmp_path, tiny_vit, processor):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
+        load(tmp_path, processor)
+
+
+@pytest.mark.parametrize("damage", ["other names", "another size"])
+def test_weights_that_are_not_the_models_are_refused(tmp_path, tiny_vit, processor, damage):
+    """Drawn at random instead, they would train to a poor score without a word."""
+    shutil.copytree(tiny_vit, tmp_path / "odd")
+    if damage == "other names":
+        weights = load_file(tiny_vit / "model.safetensors")
+        save_file(
+            {f"x{name}": weight for name, weight in weights.items()}, tmp_path / "odd/model.safetensors"
+        )
+    else:
+        config = json.loads((tmp_path / "odd" / "config.json").read_text())
+        (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(
+        SystemExit, match="odd are not those of its config.json: vit.* is missing or of"
+    ) as stop:
+        load(tmp_path / "odd", processor)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_finished_head_that_is_missing_is_not_drawn_anew(tmp_path, tiny_vit, processor):
+    load(tiny_vit, processor).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="classifier.weight is missing"):
         load(tmp_path, processor)

@@ -273,8 +273,8 @@ def test_csv_file_decides(images, tmp_path, caplog):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("name,split\na,train\n", "cannot read a split"),
-        ("", "cannot read a split"),
+        ("name,split\na,train\n", "has no column file; give a CSV file with columns file, split"),
+        ("", "cannot read .*; give a CSV file with columns file, split"),
         ("file,split\na/000.jpg,train\na/000.jpg,test\n", "1 files twice"),
         ("file,split\na/000.jpg,training\n", r"unknown splits \['training'\]"),
         ("file,split\na/000.jpg,train\nno/such.jpg,test\n", "1 absent or unreadable files: no/such.jpg"),
@@ -347,3 +347,11 @@ def test_a_changed_csv_file_is_not_silently_ignored(images, tmp_path):
     table.to_csv(tmp_path / "my.csv", index=False)
     with pytest.raises(SystemExit, match="my.csv has changed since .*split.csv was made of it"):
         split_images(images, alone(images), mine, 42, path)
+
+
+@pytest.mark.parametrize("split_by", ["near-duplicates", "random"])
+def test_more_folds_than_a_class_has_groups_are_noticed_before_training(images, tmp_path, split_by):
+    small = images.select([*range(300), *range(300, 304)])
+    settings = Settings(cross_validate=5, split_by=split_by)
+    with pytest.raises(SystemExit, match="--cross_validate 5, but only 4 groups of images of c; give fewer"):
+        split_images(small, alone(small), settings, 42, tmp_path / "split.csv")

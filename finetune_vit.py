@@ -486,7 +486,7 @@ def check_training(training: TrainingArguments) -> None:
             if value is not None and not low <= value <= high:  # nan is refused as well
                 stop(f"--{name} is {value}", f"give {low:g} to {high:g}")
     for option in dataclasses.fields(training):
-        if option.name in UNFIT and getattr(training, option.name) != option.default:
+        if option.name in UNFIT and (getattr(training, option.name) or None) != (option.default or None):
             text = "would change what is evaluated, or what a run can go on from"
             stop(f"--{option.name} {text}", "leave it out")
     if not training.output_dir.strip() or re.search(NO_TEXT, training.output_dir):

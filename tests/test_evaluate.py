@@ -48,14 +48,26 @@ def test_scores_worked_out_by_hand():
     )
 
 
-def test_scores_are_scikit_learns():
+@pytest.mark.parametrize("case", ["usual", "a class never occurs", "one guess", "one class", "one image"])
+def test_scores_are_scikit_learns(case):
     rng = np.random.default_rng(0)
-    labels, probabilities = rng.integers(0, 5, 300), rng.dirichlet(np.ones(6), 300)  # one class never occurs
-    values, guesses = calculate(labels, probabilities), probabilities.argmax(1)
-    assert values["macro_f1"] == pytest.approx(metrics.f1_score(labels, guesses, average="macro"))
-    weighted = metrics.precision_score(labels, guesses, average="weighted", zero_division=0)
-    assert values["weighted_precision"] == pytest.approx(weighted)
-    assert values["mcc"] == pytest.approx(metrics.matthews_corrcoef(labels, guesses))
+    labels, probabilities = rng.integers(0, 5, 300), rng.dirichlet(np.ones(6), 300)
+    if case == "a class never occurs":
+        labels, probabilities[:, 2] = np.where(labels == 2, 0, labels), 0
+    if case in ("one guess", "one class"):
+        probabilities[:, 3] = 1
+    if case == "one class":
+        labels[:] = 3
+    rows = slice(1 if case == "one image" else None)
+    labels, guesses = labels[rows], probabilities[rows].argmax(1)
+    expected = {"accuracy": metrics.accuracy_score(labels, guesses)}
+    for average in ("macro", "weighted"):
+        values = metrics.precision_recall_fscore_support(labels, guesses, average=average, zero_division=0)
+        names = (f"{average}_{name}" for name in ("precision", "recall", "f1"))
+        expected |= dict(zip(names, values, strict=False))
+    expected["mcc"] = metrics.matthews_corrcoef(labels, guesses)
+    found = calculate(labels, probabilities[rows])
+    assert {name: found[name] for name in METRICS} == pytest.approx(expected)
 
 
 def test_calibration_error_worked_out_by_hand():

@@ -186,9 +186,10 @@ def test_a_missing_network_is_one_line_that_says_so(tmp_path, flags, monkeypatch
         choose_checkpoint(settings, tmp_path / "model")
 
 
-def test_garbled_settings_are_one_line(tmp_path, begun):
-    (tmp_path / "model" / "settings.json").write_text("{")
-    with pytest.raises(SystemExit, match="settings.json is damaged; delete it"):
+@pytest.mark.parametrize("content", ["{", "", "null", '{"settings": {}}'])
+def test_garbled_settings_are_one_line(tmp_path, begun, content):
+    (tmp_path / "model" / "settings.json").write_text(content)
+    with pytest.raises(SystemExit, match="settings.json is damaged; choose another --output_dir"):
         open_workspace(*read_settings(begun))
 
 

@@ -1530,6 +1530,7 @@ def safe_checkpoints(trainer: Trainer, training: TrainingArguments) -> Iterator[
             if self.stopped:
                 control.should_training_stop = True
                 control.should_save |= state.epoch % 1 > 0 or args.save_strategy != "epoch"
+                control.should_log |= state.epoch % 1 > 0 and args.logging_strategy != "no"  # or it is lost
 
         def on_epoch_end(self, args, state, control, **kwargs):
             if self.stopped and state.epoch % 1:  # half an epoch is not to be judged
@@ -1537,9 +1538,8 @@ def safe_checkpoints(trainer: Trainer, training: TrainingArguments) -> Iterator[
 
         def on_save(self, args, state, control, **kwargs):
             if MAIN:
-                newest, best = (
-                    output_dir / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step)
-                )
+                steps = state.global_step, state.best_global_step
+                newest, best = (output_dir / f"checkpoint-{step}" for step in steps)
                 write_json(newest / "files.json", patiently(checksums, newest))
                 delete_oldest(output_dir, {newest, best}, limit)
 

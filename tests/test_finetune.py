@@ -217,6 +217,15 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def total_losses(folder):
+    """Training loss and steps of all epochs together, each entry of the log weighted by its steps."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    entries, total, done = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry], 0, 0
+    for step, loss in entries:
+        total, done = total + loss * (step - done), step
+    return total, done
+
+
 class SignalAt(TrainerCallback):
     """Sends a signal to this process in the middle of a step."""
 
@@ -246,6 +255,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(tmp_path, start,
     fine_tune(*start("cut"))
     assert f"from {tmp_path}/cut/checkpoint-{step}" in caplog.text  # not one step is repeated
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    whole, cut = (total_losses(tmp_path / name) for name in ("whole", "cut"))
+    assert cut == pytest.approx(whole, abs=1e-3)  # the log forgets no step
 
 
 def cut_file(checkpoint):

@@ -119,7 +119,7 @@ def file_error(problem: BaseException) -> int | None:
 
 # What a network drive recovers from, and what someone has to mend.
 PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
-LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE}
 
 
 def patiently(action: Callable, *args: Any) -> Any:
@@ -367,7 +367,7 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.remove_unused_columns = False  # `collate` makes the model's inputs
     training.logging_nan_inf_filter = False  # a loss that is not finite must be seen, and no step wait for it
-    check_settings(settings)
+    check_settings(settings, training.output_dir)
     if re.search(TOKEN, json.dumps([dataclasses.asdict(settings), training.to_dict()])):
         stop("a token of the Hub stands where it would be written down", "give it with --hub_token")
     check_training(training)
@@ -446,7 +446,7 @@ UNFIT = """dataloader_drop_last prediction_loss_only batch_eval_metrics eval_do_
 save_only_model ignore_data_skip enable_jit_checkpoint use_liger_kernel fsdp deepspeed""".split()
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: Settings, output_dir: str) -> None:
     """Find, before any long work, what would fail later. Raises SystemExit."""
     sizes = settings.test_size, settings.validation_size
     if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
@@ -457,6 +457,15 @@ def check_settings(settings: Settings) -> None:
             stop(f"--{name} is empty or no text", "give a value or leave it out")
     if settings.data_dir is not None and not os.path.isdir(settings.data_dir):
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
+    for name, folder in (("output_dir", output_dir), ("data_root", settings.data_root)):
+        if (
+            settings.data_dir is not None
+            and Path(settings.data_dir).resolve() in Path(folder, "_").resolve().parents
+        ):
+            stop(
+                f"--{name} {folder} lies in --data_dir, as if it were a class",
+                "choose a folder outside of it",
+            )
     if settings.data_dir is None and not is_url(settings.data_url) and not os.path.isfile(settings.data_url):
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
     if settings.data_dir is None:
@@ -570,6 +579,7 @@ def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
     """Return the output folder, new or found again. Raises SystemExit where other results are in the way."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if MAIN else logging.ERROR)
+    logging.raiseExceptions = False  # or a reader that has gone away is reported with a traceback a line
     hub.logging.set_verbosity_error()  # or each attempt to reach the Hub is told twice
     transformers.logging.disable_progress_bar()  # for reading and writing weights: a second, but many lines
     output_dir = Path(training.output_dir)

@@ -136,6 +136,19 @@ def test_a_signal_at_any_moment_is_one_line(tmp_path, flags, runner):
     assert stopped >= 3
 
 
+def test_a_reader_that_goes_away_is_one_line(tmp_path, flags):
+    """As in `python finetune_vit.py | head -1`."""
+    command = [sys.executable, "finetune_vit.py", *map(str, flags), "--output_dir", str(tmp_path / "model")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read()
+    assert "Traceback" not in errors and run.wait() != 0
+    assert re.search(r"error: .*Broken pipe; run the same command to go on", errors), errors
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, flags):
     command = [sys.executable, "finetune_vit.py", *map(str, flags), "--output_dir", str(tmp_path / "model")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:

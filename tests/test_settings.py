@@ -187,6 +187,19 @@ def test_a_mistake_is_one_error_line(folder, flags, message):
     assert re.search(message, line), line
 
 
+@pytest.mark.parametrize("name", ["output_dir", "data_root"])
+@pytest.mark.parametrize("inside", [".", "model", "red/../model/deep"])
+def test_folders_of_ours_may_not_lie_among_the_class_folders(tmp_path, name, inside):
+    """The first run would work, the second one take report/ for images."""
+    (tmp_path / "red").mkdir()
+    flags = {"output_dir": tmp_path.parent / "model", "data_root": tmp_path.parent / "data"} | {name: inside}
+    flags = [f"--{name}={tmp_path / value}" for name, value in flags.items()]
+    with pytest.raises(
+        SystemExit, match=f"error: --{name} .* lies in --data_dir, as if it were a class; choose"
+    ):
+        read_settings(["--data_dir", str(tmp_path), *flags])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

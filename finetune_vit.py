@@ -11,6 +11,26 @@
 # %%
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+
+REPOSITORY = "https://github.com/OWNER/finetune_vit"
+RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
+NOTEBOOK = "ipykernel" in sys.modules
+if RUN and NOTEBOOK:  # it comes alone: fetch what lies beside it, install what is missing; torch stays
+    if os.path.exists("../requirements.txt"):
+        os.chdir("..")
+    elif not os.path.exists("requirements.txt"):
+        subprocess.run(["git", "clone", "-q", REPOSITORY], check=True)
+        os.chdir("finetune_vit")
+    here = [f"torch=={importlib.metadata.version('torch')}"] if importlib.util.find_spec("torch") else []
+    install = [sys.executable, "-m", "pip", "install", "-q", "-r", "requirements.txt"]
+    subprocess.run(install + here, check=True)
+
+# %%
 import argparse
 import copy
 import dataclasses
@@ -20,23 +40,20 @@ import functools
 import glob
 import hashlib
 import http.client
-import importlib.metadata
-import importlib.util
 import inspect
 import io
 import itertools
 import json
 import logging
 import math
-import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import ssl
 import stat
-import sys
 import tarfile
 import tempfile
 import threading
@@ -46,7 +63,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -88,8 +105,6 @@ matplotlib, plot, pd, scipy = map(Lazy, ("matplotlib", "matplotlib.figure", "pan
 metrics, safetensors, torch = map(Lazy, ("sklearn.metrics", "safetensors", "torch"))
 F = Lazy("torch.nn.functional")
 
-RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
-NOTEBOOK = "ipykernel" in sys.modules
 MAIN = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes and speaks
 HIDDEN = (".", "__")  # what names such as .ipynb_checkpoints and __MACOSX begin with
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
@@ -97,7 +112,9 @@ SPLITS = ("train", "validation", "test")
 AUGMENTATIONS = ("flip", "turn", "crop", "colour")
 METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
-COLUMNS = "file file_a file_b split label label_a label_b prediction".split()  # of our tables, always text
+COLUMNS = (
+    "file file_a file_b split label label_a label_b prediction error".split()
+)  # of our tables, always text
 TOKEN = r"hf_\w{30,}"  # of the Hub
 DAMAGED = "delete it, and it is made again where that is possible"
 log = logging.getLogger("finetune_vit")
@@ -239,6 +256,26 @@ def show(table: pd.DataFrame) -> None:
         print(f"\n{table.to_string()}\n", flush=True)
 
 
+def show_images(pictures: Iterable[np.ndarray], captions: Iterable[str]) -> None:
+    """Show pictures, uint8 (height, width, 3), in a notebook; a script has no place for them."""
+    if NOTEBOOK and MAIN:
+        shown = list(zip(pictures, captions, strict=False))
+        figure = plot.Figure(figsize=(10, 2.2 * -(-len(shown) // 4)), layout="constrained")
+        for number, (picture, caption) in enumerate(shown, 1):
+            axes = figure.add_subplot(-(-len(shown) // 4), 4, number)
+            axes.imshow(picture)
+            axes.set_title(caption, fontsize=9)
+            axes.axis("off")
+        figure.savefig(content := io.BytesIO())
+        show_picture(content.getvalue())
+
+
+def show_picture(content: bytes) -> None:
+    from IPython.display import Image, display
+
+    display(Image(content, width=800))
+
+
 # %% [markdown]
 # ## 0 · Settings
 # What to train on and how. Each field is a flag (`--num_train_epochs 3`), a key of the YAML file given with
@@ -274,6 +311,9 @@ class Settings:
     evaluate_train: bool = setting(False, "Report the metrics on the training images as well.")
     cross_validate: int = setting(0, "Train K more models on K folds; report mean and spread.", "K")
     external_dir: str | None = setting(None, "Folder of class folders to test on as well.", "FOLDER")
+    hub_space_id: str | None = setting(None, "With --push_to_hub: Space of the model's web page.", "ID")
+    predict: list[str] | None = setting(None, "Do not train: sort these images, folders, archives.", "PATH")
+    demo: bool = setting(False, "Do not train: open a web page that tries the model.")
 
 
 TRAINING = {  # fields of transformers.TrainingArguments: our default, help, name of the value
@@ -294,6 +334,9 @@ TRAINING = {  # fields of transformers.TrainingArguments: our default, help, nam
     "load_best_model_at_end": (True, "End with the best epoch instead of the last one.", "BOOL"),
     "metric_for_best_model": ("macro_f1", "Validation metric of the best epoch.", "METRIC"),
     "report_to": (None, "Loggers, or none; None: tensorboard, if installed.", "TOOL"),
+    "push_to_hub": (False, "Publish the model and its card on the Hub; no image.", "BOOL"),
+    "hub_model_id": (None, "Its name there, OWNER/NAME; None: that of output_dir.", "ID"),
+    "hub_private_repo": (None, "Whether only you can see it there.", "BOOL"),
     "resume_from_checkpoint": (None, "Checkpoint to go on from; None: the newest.", "FOLDER"),
     "ddp_find_unused_parameters": (False, argparse.SUPPRESS, None),  # a ViT has none
     "ddp_timeout": (4 * 3600, argparse.SUPPRESS, None),  # seconds: other processes wait for the download
@@ -483,6 +526,11 @@ def check_settings(settings: Settings, output_dir: str) -> None:
         stop(f"--cross_validate is {settings.cross_validate}", remedy)
     if settings.cross_validate and settings.split_by not in ("near-duplicates", "random"):
         stop("--cross_validate cannot make folds from a CSV file", "use --split_by near-duplicates or random")
+    for path in settings.predict or ():
+        if not os.path.exists(path):
+            stop(f"--predict {path} is not there", "give images, folders or archives")
+    if settings.demo and not importlib.util.find_spec("gradio"):
+        stop("--demo needs Gradio", "pip install gradio")
     if wrong := sorted(set(settings.augment.split(",")) - {"", *AUGMENTATIONS}):
         stop(f"--augment does not know {wrong[0]}", f"give any of {','.join(AUGMENTATIONS)}")
 
@@ -498,6 +546,11 @@ def check_training(training: TrainingArguments) -> None:
         if option.name in UNFIT and (getattr(training, option.name) or None) != (option.default or None):
             text = "would change what is evaluated, or what a run can go on from"
             stop(f"--{option.name} {text}", "leave it out")
+    if training.hub_strategy != "every_save" or training.hub_always_push:
+        stop(
+            "--hub_strategy and --hub_always_push have no effect",
+            "leave them out: what is finished is pushed",
+        )
     if not training.output_dir.strip() or re.search(NO_TEXT, training.output_dir):
         stop("--output_dir is empty or no text", "give a folder or leave it out")
     if training.fp16 and training.device.type == "cpu":
@@ -526,6 +579,7 @@ def check_training(training: TrainingArguments) -> None:
 ARGUMENTS = [] if NOTEBOOK else sys.argv[1:]  # in a notebook write flags here: ["--num_train_epochs", "3"]
 if RUN:
     settings, training = read_settings(ARGUMENTS)
+TRAIN = RUN and not (settings.predict or settings.demo)  # these use a finished model: see step 11
 
 # %% [markdown]
 # ## 1 · Workspace
@@ -575,13 +629,16 @@ def claim(folder: Path) -> filelock.FileLock:
     return lock
 
 
-def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
-    """Return the output folder, new or found again. Raises SystemExit where other results are in the way."""
+def start_logging() -> None:
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if MAIN else logging.ERROR)
     logging.raiseExceptions = False  # or a reader that has gone away is reported with a traceback a line
     hub.logging.set_verbosity_error()  # or each attempt to reach the Hub is told twice
     transformers.logging.disable_progress_bar()  # for reading and writing weights: a second, but many lines
+
+
+def open_workspace(settings: Settings, training: TrainingArguments) -> Path:
+    """Return the output folder, new or found again. Raises SystemExit where other results are in the way."""
     output_dir = Path(training.output_dir)
     record = {"settings": dataclasses.asdict(settings), "training": training.to_dict()}
     record |= {"derived": {"images_a_step": images_a_step(training)}, "versions": versions()}
@@ -631,14 +688,7 @@ def choose_checkpoint(settings: Settings, output_dir: Path) -> str:
     name = str(output_dir) if finished else settings.model_name_or_path
     log.info("reading the checkpoint %s", name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        processor = transformers.ViTImageProcessor.from_pretrained(name)
-        if config.model_type != "vit":
-            raise ValueError(f"it is a {config.model_type}, not a ViT")
-        shape, size = pixel_shape(processor), config.image_size
-        if shape != (config.num_channels, size, size):
-            raise ValueError(f"it prepares {shape} pixels for a {size}-pixel ViT")
-        open_weights(name)
+        check_vit(name)
         if finished:
             transformers.TrainerState.load_from_json(output_dir / "trainer_state.json")
     except Exception as problem:  # of any kind, for whatever is damaged in there
@@ -647,6 +697,19 @@ def choose_checkpoint(settings: Settings, output_dir: Path) -> str:
             remedy = "delete its model.safetensors to make it again from the last checkpoint"
         stop(f"cannot use {name}: {str(problem).strip().splitlines()[0]}", remedy)
     return name
+
+
+def check_vit(name: str) -> dict[int, str]:
+    """Fetch a checkpoint, try its processor, return its id2label. Raises whatever is wrong with it."""
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    processor = transformers.ViTImageProcessor.from_pretrained(name)
+    if config.model_type != "vit":
+        raise ValueError(f"it is a {config.model_type}, not a ViT")
+    shape, size = pixel_shape(processor), config.image_size
+    if shape != (config.num_channels, size, size):
+        raise ValueError(f"it prepares {shape} pixels for a {size}-pixel ViT")
+    open_weights(name)
+    return config.id2label
 
 
 def open_weights(name: str) -> None:
@@ -660,6 +723,51 @@ def open_weights(name: str) -> None:
         raise ValueError("it has no model.safetensors; other formats are pickles, and a pickle can run code")
 
 
+def open_hub(training: TrainingArguments, settings: Settings) -> str:
+    """Return the full name of the model on the Hub, made if need be, once it is sure that it can be pushed.
+
+    Raises SystemExit if not, or if another model has that name.
+    """
+    training.push_to_hub = False  # the Trainer's own push: unfinished, and without the card
+    name, revision = training.hub_model_id or Path(training.output_dir).resolve().name, training.hub_revision
+    weights = Path(training.output_dir) / "model.safetensors"
+    ours = read_json(Path(training.output_dir) / "report" / "metrics.json").get("published", {})
+    if not hub.get_token():
+        stop("--push_to_hub finds no token of the Hub", "run `hf auth login`, or set HF_TOKEN")
+    try:
+        name = hub.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+        if revision:
+            hub.create_branch(name, branch=revision, exist_ok=True)
+        may_write(name, revision)
+        found = hub.get_paths_info(name, ["model.safetensors"], revision=revision)
+        if settings.hub_space_id:
+            hub.create_repo(settings.hub_space_id, repo_type="space", space_sdk="gradio", exist_ok=True)
+            may_write(settings.hub_space_id, repo_type="space")
+    except Exception as problem:  # of many kinds: those of HTTP, of the Hub, of a name
+        stop(f"cannot push to {name}: {explain(problem)}", "check the token, the name and the network")
+    if (
+        found
+        and ours.get("repo") != name
+        and not (weights.exists() and found[0].lfs and found[0].lfs.sha256 == sha256_of(weights))
+    ):
+        stop(
+            f"{name} holds another model",
+            "give another --hub_model_id, or a --hub_revision (branch) for this",
+        )
+    return name
+
+
+def may_write(name: str, revision: str | None = None, repo_type: str = "model") -> None:
+    """Raise what the Hub answers if we may not write there. It is asked how a file would be sent, no more."""
+    file = hub.CommitOperationAdd("README.md", b"#")
+    hub.preupload_lfs_files(name, [file], revision=revision, repo_type=repo_type)
+
+
+def explain(problem: BaseException) -> str:
+    """Return what went wrong on the way to the Hub, which its client at times hides behind another error."""
+    return str(problem.__cause__ if isinstance(problem, RuntimeError) else problem) or type(problem).__name__
+
+
 def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
     """Return (channels, height, width) of what the processor makes of an image, by trying it."""
     return tuple(processor(PIL.Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[1:])
@@ -667,10 +775,13 @@ def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
 
 if RUN:
     archives = keep_on_drive(settings, training, drive=Path("/content/drive"))
+    start_logging()
+if TRAIN:
     lock = claim(Path(training.output_dir))
     output_dir = open_workspace(settings, training)
     report = output_dir / "report"
     checkpoint = choose_checkpoint(settings, output_dir)
+    on_hub = open_hub(training, settings) if training.push_to_hub and MAIN else None
 
 # %% [markdown]
 # ## 2 · Download
@@ -764,10 +875,11 @@ def download(url: str, archive: Path, timeout: float = 60) -> None:
         log.warning("warning: Kvasir v2 had %s bytes, this has %s", KVASIR["bytes"], archive.stat().st_size)
 
 
-def may_pass(problem: Exception) -> bool:
-    """Say whether a failed download is worth another try."""
-    if isinstance(problem, urllib.error.HTTPError):
-        return problem.code in (408, 416, 425, 429, 500, 502, 503, 504)
+def may_pass(problem: BaseException) -> bool:
+    """Say whether a failed download or upload is worth another try."""
+    response = getattr(problem, "response", None)  # of the Hub's client
+    if status := getattr(problem, "code", None) or getattr(response, "status_code", None):
+        return status in (408, 416, 425, 429, 500, 502, 503, 504)
     certificate = isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError)
     return not (certificate or isinstance(problem, ValueError) or file_error(problem) in LASTING)
 
@@ -880,7 +992,7 @@ def visible(folder: Path) -> list[Path]:
     return [entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN)]
 
 
-if RUN:
+if TRAIN:
     with training.main_process_first(local=False):  # under torchrun the others wait, then find its result
         image_folder, origin = locate_images(settings, archives)
 
@@ -1010,7 +1122,7 @@ def count_classes(images: Dataset) -> dict[str, int]:
     return {name: counts[label] for label, name in enumerate(images.features["label"].names)}
 
 
-if RUN:
+if TRAIN:
     with training.main_process_first(local=False):
         images = load_images(image_folder)
         class_names = images.features["label"].names
@@ -1093,7 +1205,8 @@ def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | byt
             pixels = resize(read_rgb(image, content), processor)
             return {"mode": image.mode, "error": "", "pixel_values": pixels.numpy().tobytes()}
     except Exception as problem:  # on damaged files a decoder may raise anything
-        return {"mode": "", "error": f"{type(problem).__name__}: {problem}", "pixel_values": None}
+        text = re.sub(" <_io.*>", "", str(problem))  # an address in memory says nothing
+        return {"mode": "", "error": f"{type(problem).__name__}: {text}", "pixel_values": None}
 
 
 def read_rgb(image: PIL.Image.Image, content: io.BytesIO) -> np.ndarray:
@@ -1135,11 +1248,27 @@ def keep_readable(pixels: Dataset) -> Dataset:
     return pixels.select(np.flatnonzero(errors == "")).remove_columns(["mode", "error"])
 
 
-if RUN:
+def pixels_of(files: Iterable[str], images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the prepared pixels of `files`, uint8 (n, height, width, channels)."""
+    row = {file: row for row, file in enumerate(images["file"])}
+    pixels = images.select([row[file] for file in files])["pixel_values"][:]
+    return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, *shape).transpose(0, 2, 3, 1)
+
+
+def show_examples(images: Dataset, folder: Path, shape: tuple[int, int, int]) -> None:
+    """Show, in a notebook, an image of each class: the file, and what the model gets of it."""
+    rows = images.select(np.unique(images["label"][:], return_index=True)[1][:12])
+    files, names = rows["file"][:], images.features["label"].names
+    show_images((np.array(transformers.image_utils.load_image(str(folder / file))) for file in files), names)
+    show_images(pixels_of(files, rows, shape), names)
+
+
+if TRAIN:
     processor = transformers.ViTImageProcessor.from_pretrained(checkpoint)
     with training.main_process_first(local=False):
         pixels = prepare_pixels(images, image_folder, processor, Path(settings.data_root) / "cache")
     readable = keep_readable(pixels)
+    show_examples(readable, image_folder, pixel_shape(processor))
 
 # %% [markdown]
 # ## 5 · Split
@@ -1333,7 +1462,7 @@ def show_splits(pairs: pd.DataFrame, groups: pd.Series, splits: DatasetDict) -> 
         log.warning(text, counts["pairs_across_test"])
 
 
-if RUN:
+if TRAIN:
     with training.main_process_first(local=False):
         pairs = find_near_duplicates(readable, pixel_shape(processor), report / "near_duplicates.csv")
         groups = group_images(readable["file"][:], pairs)
@@ -1431,7 +1560,7 @@ def augment(pixels: torch.Tensor, kinds: str) -> torch.Tensor:
     return images.clamp(0, 255)
 
 
-if RUN:
+if TRAIN:
     model = load_model(checkpoint, class_names, processor, training.seed, settings.augment)
 
 # %% [markdown]
@@ -1672,6 +1801,8 @@ def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
     else:
         log.info("no training, as --num_train_epochs 0 says")
     with whole(output_dir / "trainer_state.json") as part:
+        if trainer.state.best_model_checkpoint:  # this file is published: no path of this machine
+            trainer.state.best_model_checkpoint = Path(trainer.state.best_model_checkpoint).name
         trainer.state.save_to_json(str(part))
     if MAIN:
         patiently(save_model, trainer.model, trainer.processing_class, output_dir)
@@ -1754,7 +1885,7 @@ def save_model(model: ViTForImageClassification, processor: ViTImageProcessor, f
     log.info("saved the model in %s", folder)
 
 
-if RUN:
+if TRAIN:
     trainer = build_trainer(model, splits, processor, training)
     fine_tune(trainer, training)
 
@@ -1918,12 +2049,18 @@ def summarise(
     results["split"] |= count_pairs(pairs, groups, splits)
     results["split"]["classes"] = {name: count_classes(part) for name, part in splits.items()}
     results["speed"] = measured_speed(trainer, splits["train"])
-    results["settings"] = record["settings"] | record["training"]
+    recorded = record["settings"] | record["training"]
+    results["settings"] = {name: without_folders(value) for name, value in recorded.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else trainer.args.device.type
     where = f"{device}, {os.cpu_count()} CPU cores, {trainer.args.world_size} processes"
     results["versions"] = versions() | {"device": where.removesuffix(", 1 processes")}
     write_json(path, results)
     return results
+
+
+def without_folders(value: Any) -> Any:
+    """Return of an absolute path its last name: what is published says nothing about this machine."""
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def measured_speed(trainer: Trainer, pixels: Dataset) -> dict[str, float | None]:
@@ -1962,7 +2099,7 @@ def show_results(results: dict) -> None:
         log.info("test %s %s, n = %s", name.replace("_", " "), interval, results["split"]["test"])
 
 
-if RUN:
+if TRAIN:
     evaluated = ("validation", "test", "train") if settings.evaluate_train else ("validation", "test")
     predictions = predict(trainer, splits, evaluated, report / "predictions.csv")
     results = summarise(predictions, pairs, groups, splits, trainer, report / "metrics.json")
@@ -2051,7 +2188,7 @@ def evaluate_external(
     return record | scores | {"per_class": per_class}
 
 
-if RUN:
+if TRAIN:
     if settings.cross_validate:
         results["cross_validation"] = cross_validate(splits, groups, processor, settings, training)
     if settings.external_dir:
@@ -2178,13 +2315,6 @@ def draw_examples(
     return draw_pairs(pixels, seen, captions)
 
 
-def pixels_of(files: Iterable[str], images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the prepared pixels of `files`, uint8 (n, height, width, channels)."""
-    row = {file: row for row, file in enumerate(images["file"])}
-    pixels = images.select([row[file] for file in files])["pixel_values"][:]
-    return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, *shape).transpose(0, 2, 3, 1)
-
-
 def attention_rollout(model: ViTForImageClassification, pixels: torch.Tensor) -> torch.Tensor:
     """Return where the class token looks, float32 (n, height, width), each from 0 to 1.
 
@@ -2212,6 +2342,7 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     kvasir = KVASIR if is_kvasir(image_folder) else None
     base = results["settings"]["model_name_or_path"]
     names = {"data": kvasir["name"] if kvasir else image_folder.name, "base": Path(base).name}
+    names["made"] = "fine-tuned" if "training_curves.png" in pictures else "evaluated"
     shown = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
     task, where = "image-classification", {"dataset_type": "imagefolder", "dataset_split": "test"}
     eval_results = [
@@ -2224,7 +2355,7 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     card_data = hub.ModelCardData(
         library_name="transformers", pipeline_tag=task, tags=["vision", "vit"], metrics=list(shown.values()),
         base_model=None if Path(base).exists() else base, eval_results=eval_results,
-        model_name=f"{names['base']} fine-tuned on {names['data']}",
+        model_name=f"{names['base']} {names['made']} on {names['data']}",
     )  # fmt: skip
     if kvasir:
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
@@ -2238,10 +2369,12 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
 
 
 def command_of(settings: dict) -> str:
-    """Return the command line of recorded settings: those that are not the defaults."""
+    """Return the command line that makes the same model: the settings that are not the defaults."""
     usual, words = read_settings([]), ["python", "finetune_vit.py"]
     usual = dataclasses.asdict(usual[0]) | usual[1].to_dict()
     for key, value in settings.items():
+        if key.startswith(("push", "hub_")):  # that name is taken now
+            continue
         if isinstance(value, list) and value != usual[key]:
             words += [f"--{key}", *(value or ["none"])]
         elif value != usual[key] and value is not None:
@@ -2278,17 +2411,260 @@ def write_report(
     }
     pictures = {name: draw for name, (wanted, draw) in pictures.items() if wanted}
     card = str(make_model_card(results, list(pictures), image_folder))
-    made, shown = report / "model_card.md", output_dir / "README.md"
-    before = made.read_bytes() if made.exists() else None
-    if before != card.encode():
+    made = report / "model_card.md"
+    if not made.exists() or made.read_bytes() != card.encode():
         for name, draw in pictures.items():
             with whole(report / name) as part, matplotlib.rc_context({"text.parse_math": False}):
                 draw().savefig(part, dpi=150)  # a $ in a class name is no formula
-        if not shown.exists() or shown.read_bytes() == before:
-            write_text(shown, card)
-        write_text(made, card)
+        write_card(card, output_dir)
+    for name in pictures if NOTEBOOK else ():
+        show_picture((report / name).read_bytes())
     log.info("model and model card: %s; numbers and pictures: %s", output_dir, report)
+    return list(pictures)
 
 
-if RUN and MAIN:
-    write_report(results, predictions, pairs, readable, trainer, image_folder)
+def write_card(card: str, output_dir: Path) -> None:
+    """Write report/model_card.md and, unless someone has edited it, README.md."""
+    made, shown = output_dir / "report" / "model_card.md", output_dir / "README.md"
+    if not shown.exists() or (made.exists() and shown.read_bytes() == made.read_bytes()):
+        write_text(shown, card)
+    write_text(made, card)
+
+
+def make_space(space: Path, class_names: list[str], model: str = "", revision: str | None = None) -> Path:
+    """Write the web page of a model, by default of the folder that `space` is in the report of; return it.
+
+    It shows images of the drawn sample as examples, where that has the model's classes.
+    """
+    page = (HERE / "data" / "app.py").read_text(encoding="utf-8").replace('MODEL = ""', f"MODEL = {model!r}")
+    page = page.replace("REVISION = None", f"REVISION = {revision!r}")
+    if (space / "app.py").exists() and (space / "app.py").read_text(encoding="utf-8") == page:
+        return space / "app.py"
+    with zipfile.ZipFile(HERE / "data" / "sample.zip") as sample:
+        files = {PurePosixPath(name).parent.name: name for name in sorted(sample.namelist())}
+        for name in files.keys() & set(class_names):
+            (space / "examples").mkdir(parents=True, exist_ok=True)
+            (space / "examples" / f"{name}.jpg").write_bytes(sample.read(files[name]))
+    write_text(space / "requirements.txt", "torch>=2.6\ntransformers>=5\npillow>=10.3\n")  # Gradio is there
+    header = {"title": Path(model).name or "Classifier", "sdk": "gradio", "app_file": "app.py"}
+    header |= {"models": [model]} if model else {}
+    write_text(space / "README.md", f"---\n{yaml.safe_dump(header)}---\n\nMade by `finetune_vit.py`.\n")
+    write_text(space / "app.py", page)
+    return space / "app.py"
+
+
+if TRAIN and MAIN:
+    pictures = write_report(results, predictions, pairs, readable, trainer, image_folder)
+    make_space(report / "space", class_names, on_hub or "", training.hub_revision)
+
+# %% [markdown]
+# ## 10 · Publish
+# With `--push_to_hub` one commit takes the model, its card, charts and numbers to the Hub, but no image. That
+# commit is then downloaded into an empty folder, and `pipeline` is asked about test images: the card says
+# whether it answers as this run did. If anything fails, the same command goes on from there.
+
+# %%
+PUBLISHED = ["config.json", "preprocessor_config.json", "model.safetensors", "README.md", "all_results.json"]
+PUBLISHED += ["trainer_state.json", "report/metrics.json", "report/split.csv", "report/model_card.md"]
+PUBLISHED += [
+    f"report/{name}.png" for name in ("confusion_matrix", "per_class", "reliability", "training_curves")
+]
+
+
+def publish(
+    results: dict, predictions: pd.DataFrame, pictures: list[str], image_folder: Path,
+    training: TrainingArguments, name: str,
+) -> None:  # fmt: skip
+    """Push the finished run to the Hub as `name`, check what the Hub gives back, add that to the card."""
+    output_dir = Path(training.output_dir)
+    commit = push(output_dir, name, training.hub_revision)
+    what = {
+        "repo": name,
+        "revision": training.hub_revision,
+        "weights": sha256_of(output_dir / "model.safetensors"),
+    }
+    if not what.items() <= results.get("published", {}).items():
+        tested = predictions[predictions["split"] == "test"]
+        results["published"] = (
+            what | {"commit": commit} | read_back(name, commit, tested, image_folder, training)
+        )
+        write_json(output_dir / "report" / "metrics.json", results)
+        write_card(str(make_model_card(results, pictures, image_folder)), output_dir)
+        push(output_dir, name, training.hub_revision)
+
+
+def push(folder: Path, name: str, revision: str | None = None, **options: Any) -> str:
+    """Upload what has changed of PUBLISHED in one commit, return its id. Raises SystemExit if that fails."""
+    options = {"allow_patterns": PUBLISHED, "commit_message": "Add what finetune_vit.py made"} | options
+    log.info("pushing %s to %s/%s", folder, hub.constants.ENDPOINT, name)
+    for wait in (1, 5, 30, None):
+        try:
+            return hub.upload_folder(repo_id=name, folder_path=folder, revision=revision, **options).oid
+        except Exception as problem:  # of many kinds: those of HTTP, of the Hub, of the card's header
+            if wait is None or not may_pass(problem.__cause__ or problem):
+                remedy = (
+                    f"all is safe in {folder}: run the same command again, and only the push is left to do"
+                )
+                stop(f"cannot push to {name}: {explain(problem)}", remedy)
+            log.warning("warning: %s; trying again in %s s", explain(problem), wait)
+            time.sleep(wait)
+
+
+def read_back(
+    name: str, commit: str, tested: pd.DataFrame, image_folder: Path, training: TrainingArguments
+) -> dict[str, Any]:
+    """Ask the model that the Hub gives back about up to 32 test images; return how far it agrees.
+
+    That is images, agreeing and largest_difference, of any probability. Raises SystemExit if it does not.
+    """
+    rows = tested.iloc[np.unique(np.linspace(0, len(tested) - 1, 32).astype(int))]
+    try:
+        with tempfile.TemporaryDirectory() as empty:
+            folder = hub.snapshot_download(name, revision=commit, cache_dir=empty)
+            classifier = transformers.pipeline("image-classification", folder, device=training.device)
+            answers = classifier([str(image_folder / file) for file in rows["file"]], top_k=1000)
+    except Exception as problem:
+        text = f"{name} was pushed, but cannot be read back: {explain(problem)}"
+        stop(text, "run the same command again to check it")
+    answers = pd.DataFrame([{row["label"]: row["score"] for row in answer} for answer in answers], rows.index)
+    largest = float((answers - rows[answers.columns]).abs().to_numpy().max())
+    agreeing = int((answers.idxmax(axis=1) == rows["prediction"]).sum())
+    log.info("read back: %s of %s predictions agree, at most %.4f apart", agreeing, len(rows), largest)
+    if largest > 0.05:  # mixed precision makes for 0.01
+        stop(f"{name} answers otherwise than this run did: {largest:.3f} apart", "do not use it; report this")
+    return {"images": len(rows), "agreeing": agreeing, "largest_difference": largest}
+
+
+if TRAIN and MAIN and on_hub:
+    publish(results, predictions, pictures, image_folder, training, on_hub)
+    if settings.hub_space_id:
+        push(report / "space", settings.hub_space_id, repo_type="space", allow_patterns=None)
+
+# %% [markdown]
+# ## 11 · Use
+# `--predict PATH ...` sorts images, folders and archives, `--demo` opens a web page that does. Both take the
+# finished model in `output_dir`, or the fine-tuned one that `--model_name_or_path` names, and train nothing.
+
+
+# %%
+def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[str]]:
+    """Return the name of a fine-tuned model, and its classes. Raises SystemExit if there is none."""
+    record = read_json(output_dir / "settings.json").get("settings", {})
+    own = settings.model_name_or_path in (VIT_BASE, record.get("model_name_or_path"))
+    name = str(output_dir) if own else settings.model_name_or_path
+    if own and not (output_dir / "model.safetensors").exists():
+        stop(
+            f"{output_dir} holds no finished model",
+            "train it first, or give --output_dir or --model_name_or_path",
+        )
+    log.info("reading the checkpoint %s", name)
+    try:
+        id2label = check_vit(name)
+    except Exception as problem:  # of any kind, for whatever is damaged in there
+        stop(f"cannot use {name}: {str(problem).strip().splitlines()[0]}", "check the name and the network")
+    if all(re.fullmatch(r"LABEL_\d+", label) for label in id2label.values()):
+        stop(f"{name} is not fine-tuned: its classes have no names", "train it first")
+    return name, [id2label[label] for label in range(len(id2label))]
+
+
+@contextmanager
+def find_inputs(paths: list[str]) -> Iterator[dict[str, Path]]:
+    """Yield {name to show: file} of all images in `paths`. Archives are unpacked until the block ends."""
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, path in enumerate(map(Path, paths)):
+            folder = Path(temporary, str(number), path.stem)
+            if path.is_dir():
+                found |= {file: Path(file) for file in sorted(list_images(path))}
+            elif zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+                unpack(path, folder, {})
+                files = sorted(list_images(folder))
+                found |= {str(path / os.path.relpath(file, folder)): Path(file) for file in files}
+            else:
+                found[str(path)] = path
+        yield found
+
+
+def decode_ahead(files: list[Path], processor: ViTImageProcessor, size: int) -> Iterator[list[dict]]:
+    """Yield what `decode_file` makes of `files`, `size` at a time, while all cores work on the next ones."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = deque()
+        for start in range(0, len(files), size):
+            waiting.append(
+                [pool.submit(decode_file, file, processor) for file in files[start : start + size]]
+            )
+            if len(waiting) > 2:
+                yield [row.result() for row in waiting.popleft()]
+        while waiting:
+            yield [row.result() for row in waiting.popleft()]
+
+
+def classify(
+    inputs: dict[str, Path], model: ViTForImageClassification, processor: ViTImageProcessor,
+    training: TrainingArguments,
+) -> Iterator[pd.DataFrame]:  # fmt: skip
+    """Yield tables of file, prediction, one probability a class, and error: why a file cannot be read."""
+    names, classes, shape = list(inputs), list(model.config.id2label.values()), pixel_shape(processor)
+    half = torch.bfloat16 if training.bf16 else torch.float16
+    autocast = torch.autocast(training.device.type, half, enabled=training.bf16 or training.fp16)
+    bar = tqdm(total=len(names), desc="predict")
+    for rows in decode_ahead(list(inputs.values()), processor, training.eval_batch_size):
+        errors = np.array([row["error"] for row in rows], dtype=object)
+        table = pd.DataFrame({"file": names[bar.n : bar.n + len(rows)], "prediction": ""})
+        table = table.assign(**dict.fromkeys(classes, np.nan), error=errors)
+        if len(readable := np.flatnonzero(errors == "")):
+            pixels = collate([rows[row] | {"label": 0} for row in readable], shape)["pixel_values"]
+            with torch.inference_mode(), autocast:
+                logits = model(pixel_values=pixels.to(training.device)).logits
+            probabilities = logits.double().softmax(-1).cpu().numpy()
+            table.loc[readable, classes] = probabilities
+            table.loc[readable, "prediction"] = np.array(classes, dtype=object)[probabilities.argmax(1)]
+        for row in np.flatnonzero(errors != ""):
+            log.warning("unreadable: %r (%s)", table["file"][row], errors[row])
+        bar.update(len(rows))
+        yield table
+    bar.close()
+
+
+def show_predictions(table: pd.DataFrame) -> None:
+    """Show the two most probable classes of each file that could be read."""
+    table = table[table["error"] == ""].set_index("file")
+    probabilities = table.drop(columns=["prediction", "error"])
+    best = [row.nlargest(2) for _, row in probabilities.iterrows()]
+    rows = [(*(first for pair in row.round(3).items() for first in pair),) for row in best]
+    show(pd.DataFrame(rows, table.index, ["prediction", "probability", "or else", "with"]))
+
+
+def predict_files(settings: Settings, training: TrainingArguments, path: Path) -> None:
+    """Classify what `--predict` names: up to 20 images on the screen, more into the CSV file `path`."""
+    name, class_names = choose_classifier(settings, Path(training.output_dir))
+    with find_inputs(settings.predict) as inputs:
+        many = len(inputs) > 20
+        if not inputs:
+            stop(f"no images in {', '.join(settings.predict)}", "give images, folders or archives")
+        if many and path.exists():
+            stop(f"{path} exists", "move it, or run in another folder")
+        processor = transformers.ViTImageProcessor.from_pretrained(name)
+        model = load_model(name, class_names, processor, training.seed).to(training.device).eval()
+        start, tables = time.perf_counter(), classify(inputs, model, processor, training)
+        if many:
+            with whole(path) as part:
+                for number, table in enumerate(tables):
+                    table.to_csv(part, mode="a", header=not number, index=False, float_format="%.9g")
+        else:
+            show_predictions(pd.concat(tables))
+        speed = len(inputs) / (time.perf_counter() - start)
+    log.info("%s images, %.1f a second%s", f"{len(inputs):,}", speed, f": {path}" if many else "")
+
+
+def open_page(settings: Settings, training: TrainingArguments) -> None:
+    """Serve the web page of a fine-tuned model, until Ctrl-C."""
+    name, class_names = choose_classifier(settings, Path(training.output_dir))
+    page = make_space(Path(tempfile.mkdtemp()), class_names, name)  # kept: a notebook goes on meanwhile
+    runpy.run_path(str(page))["build_page"](name).launch()
+
+
+if RUN and MAIN and settings.predict:
+    predict_files(settings, training, Path("predictions.csv"))
+if RUN and MAIN and settings.demo:
+    open_page(settings, training)

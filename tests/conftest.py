@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is imported
@@ -16,6 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+SAMPLE = ("--config", "data/sample.yaml")
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
@@ -58,3 +60,15 @@ def run_script(*flags, launcher=()):
     """Run finetune_vit.py as a user would; return the completed process with its output as text."""
     command = [sys.executable, *launcher, "finetune_vit.py", *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run on the sample, to look at, not to change: its folders, output and seconds."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = [*SAMPLE, "--data_root", folder / "data", "--output_dir", folder / "model"]
+    start = time.perf_counter()
+    done = run_script(*flags)
+    assert done.returncode == 0, done.stderr
+    return {"flags": flags, "model": folder / "model", "data": folder / "data", "done": done,
+            "seconds": time.perf_counter() - start}  # fmt: skip

@@ -5,24 +5,10 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, SAMPLE, run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import pipeline
-
-SAMPLE = ("--config", "data/sample.yaml")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run on the sample: its folders, output and seconds."""
-    folder = tmp_path_factory.mktemp("run")
-    flags = [*SAMPLE, "--data_root", folder / "data", "--output_dir", folder / "model"]
-    start = time.perf_counter()
-    done = run_script(*flags)
-    assert done.returncode == 0, done.stderr
-    return {"flags": flags, "model": folder / "model", "data": folder / "data", "done": done,
-            "seconds": time.perf_counter() - start}  # fmt: skip
 
 
 def metrics(run):

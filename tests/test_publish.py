@@ -1,0 +1,255 @@
+"""Step 10: the real client of the Hub against a server on this machine that speaks its protocol, and fails."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pandas as pd
+import pytest
+from conftest import ROOT
+from hub_server import READER, WRITER, Fault, HubServer
+from PIL import Image
+
+from finetune_vit import PUBLISHED, open_hub, push, read_back
+
+CHARTS = {"confusion_matrix.png", "per_class.png", "reliability.png", "training_curves.png"}
+
+
+@pytest.fixture
+def server():
+    with HubServer() as server:
+        yield server
+
+
+def run_with_hub(server, tmp_path, *flags, token=WRITER):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, ROOT / "finetune_vit.py", *map(str, flags)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment | {"HF_TOKEN": token}
+    )
+    assert WRITER not in done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def finished(run, tmp_path):
+    """A finished run that may be changed, and the flags that go on with it."""
+    shutil.copytree(run["model"], tmp_path / "model")
+    return [*run["flags"][:-1], tmp_path / "model", "--push_to_hub", "--hub_model_id", "me/sample-vit"]
+
+
+def test_published_model_is_read_back_and_the_card_says_so(server, finished, tmp_path):
+    done = run_with_hub(server, tmp_path, *finished, "--hub_private_repo", "--hub_space_id", "me/page")
+    assert done.returncode == 0, done.stderr
+    repo, model = server.repos["model", "me/sample-vit"], tmp_path / "model"
+    assert repo.private
+
+    _, (_, first, _, everything), (_, _, _, changed) = repo.history  # one commit; one more with the check
+    assert everything == sorted(PUBLISHED)
+    assert changed == ["README.md", "report/metrics.json", "report/model_card.md"]
+    files = server.files("me/sample-vit")
+    assert all(files[name] == (model / name).read_bytes() for name in PUBLISHED)
+    assert {Path(name).name for name in files if name.endswith(".png")} == CHARTS  # no image of the data set
+    card = files["README.md"].decode()
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", card):
+        assert path in files
+    n = int(re.search(r"gives (\d+) of the 32 predictions", card)[1])
+    assert first in card and n >= 31 and '"image-classification", "me/sample-vit")' in card
+    assert f"read back: {n} of 32 predictions agree" in done.stdout
+
+    published = b"".join(content for name, content in files.items() if not name.endswith(".safetensors"))
+    for secret in (WRITER, str(tmp_path), str(ROOT), os.uname().nodename):
+        assert secret.encode() not in published
+    page = server.files("me/page", kind="space")
+    assert b"MODEL = 'me/sample-vit'" in page["app.py"] and b"sdk: gradio" in page["README.md"]
+    assert len([name for name in page if name.startswith("examples/")]) == 8
+
+    commits, received = len(repo.history), server.received
+    again = run_with_hub(server, tmp_path, *finished, "--hub_private_repo", "--hub_space_id", "me/page")
+    assert again.returncode == 0 and "read back" not in again.stdout, again.stderr
+    assert (len(repo.history), server.received) == (commits, received)  # nothing was sent twice
+
+    image = next((tmp_path / "model" / "report" / "space" / "examples").iterdir())
+    use = ["--output_dir", tmp_path / "no", "--model_name_or_path", "me/sample-vit", "--predict", image]
+    done = run_with_hub(server, tmp_path, *use)
+    assert done.returncode == 0 and f"{image}  {image.stem}" in re.sub(" +", "  ", done.stdout), done.stderr
+
+
+def test_push_that_fails_after_training_leaves_all_and_is_made_up_for(server, finished, tmp_path):
+    """Its own model is not "another model" then, though nothing here says yet that it was pushed."""
+    server.faults = [Fault("POST", "/commit/", 403, times=1)]
+    done = run_with_hub(server, tmp_path, *finished, "--hub_revision", "v2")
+    assert done.returncode == 1 and "only the push is left to do" in done.stderr
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    server.faults = [Fault("GET", "/resolve/.*safetensors", 403)]
+    done = run_with_hub(server, tmp_path, *finished, "--hub_revision", "v2")
+    assert done.returncode == 1 and "was pushed, but cannot be read back" in done.stderr
+    done = run_with_hub(server, tmp_path, *finished, "--hub_revision", "v2")
+    assert done.returncode == 0 and "32 predictions agree" in done.stdout, done.stderr
+    repo = server.repos["model", "me/sample-vit"]
+    assert [branch for branch, *_ in repo.history] == ["main", "v2", "v2"]
+    assert list(server.files("me/sample-vit")) == [".gitattributes"]
+    assert 'revision="v2")' in server.files("me/sample-vit", revision="v2")["README.md"].decode()
+
+
+@pytest.fixture
+def client(server, monkeypatch):
+    """Let the client in this process talk to the server, and not sleep."""
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    for name, value in {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return server
+
+
+@pytest.fixture
+def wish(tmp_path):
+    training = {
+        "push_to_hub": True,
+        "hub_model_id": "me/model",
+        "hub_private_repo": None,
+        "hub_revision": None,
+    }
+    return SimpleNamespace(output_dir=str(tmp_path / "model"), **training), SimpleNamespace(hub_space_id=None)
+
+
+def test_new_names_are_made_before_training(client, wish):
+    training, settings = wish
+    training.hub_model_id, settings.hub_space_id = None, "me/page"
+    assert open_hub(training, settings) == "me/model" and not training.push_to_hub
+    assert set(client.repos) == {("model", "me/model"), ("space", "me/page")}
+    assert open_hub(training, settings) == "me/model"  # empty still
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t, s, patch: patch.delenv("HF_TOKEN"), "no token of the Hub; run `hf auth login`"),
+        (lambda t, s, patch: patch.setenv("HF_TOKEN", READER), "403 Forbidden"),
+        (lambda t, s, patch: patch.setenv("HF_TOKEN", "hf_" + "x" * 34), "401"),
+        (lambda t, s, patch: setattr(t, "hub_model_id", "you/model"), "403 Forbidden"),
+        (lambda t, s, patch: setattr(t, "hub_model_id", "me/a model"), "me/a model"),
+        (
+            lambda t, s, patch: setattr(t, "hub_model_id", "me/taken"),
+            "me/taken holds another model; give another",
+        ),
+        (lambda t, s, patch: setattr(s, "hub_space_id", "you/page"), "403 Forbidden"),
+        (lambda t, s, patch: s.server.faults.append(Fault("POST", "create", 500)), "500"),
+        (lambda t, s, patch: s.server.faults.append(Fault("POST", "create", 429)), "429"),
+        (lambda t, s, patch: s.server.server.server_close(), "Connection refused"),
+        (lambda t, s, patch: patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True), "offline"),
+    ],
+)
+def test_what_would_fail_later_is_found_before_training(client, wish, monkeypatch, change, said):
+    monkeypatch.setattr(
+        "huggingface_hub.get_token", lambda: os.environ.get("HF_TOKEN")
+    )  # not the login cache
+    training, settings = wish
+    client.create("me/taken").commit("main", {"model.safetensors": b"of someone"}, "mine")
+    settings.server = client
+    change(training, settings, monkeypatch)
+    if said == "Connection refused":
+        client.server.shutdown()
+        huggingface_hub.close_session()  # its kept connection
+    with pytest.raises(SystemExit, match=re.escape(said)) as error:
+        open_hub(training, settings)
+    assert (
+        "\n" not in str(error.value)
+        and str(error.value).startswith("error: ")
+        and "hf_" not in str(error.value)
+    )
+
+
+def test_check_comes_before_training_and_before_the_download(server, tmp_path):
+    flags = [
+        "--config",
+        "data/sample.yaml",
+        "--data_root",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "new",
+    ]
+    done = run_with_hub(server, tmp_path, *flags, "--push_to_hub", token=READER)
+    assert done.returncode == 1 and "403 Forbidden" in done.stderr and "Traceback" not in done.stderr
+    assert "unpacking" not in done.stdout and not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a run leaves, as far as a push is concerned; and what must not be pushed."""
+    for name in [
+        *PUBLISHED,
+        "report/mistakes.png",
+        "report/predictions.csv",
+        "checkpoint-3/model.safetensors",
+    ]:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(name.encode() * 1000)
+    (tmp_path / "out" / "README.md").write_text("---\ntags: [vit]\n---\n")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, "cut"])
+@pytest.mark.parametrize(
+    "where", ["preupload", "lfs/objects/batch", "/lfs/[0-9a-f]{64}", "/verify/", "/commit/"]
+)
+def test_upload_outlives_a_fault_anywhere(client, folder, where, status):
+    client.create("me/model")
+    method = "PUT" if "{64}" in where else "POST"
+    fault = Fault(method, where, times=2) if status == "cut" else Fault(method, where, status, times=2)
+    fault.cut = 5 if status == "cut" else None
+    client.faults = [fault]
+    push(folder, "me/model")
+    assert fault.times == 0 and len(client.repos["model", "me/model"].history) == 2  # in one commit
+    assert set(client.files("me/model")) == {".gitattributes", *PUBLISHED}
+    push(folder, "me/model")
+    assert len(client.repos["model", "me/model"].history) == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409, 500])
+def test_upload_that_keeps_failing_ends_in_one_line(client, folder, status):
+    client.create("me/model")
+    client.faults = [Fault("POST", "/commit/", status, times=99)]
+    with pytest.raises(SystemExit, match=f"cannot push to me/model: .*{status}.*all is safe in"):
+        push(folder, "me/model")
+    assert client.faults[0].times == (95 if status == 500 else 98)
+    assert len(client.repos["model", "me/model"].history) == 1  # nothing half done
+
+
+def test_answers_of_another_model_are_noticed(client, run, tmp_path):
+    """The weights on the Hub are changed behind our back."""
+    table = pd.read_csv(run["model"] / "report" / "predictions.csv")
+    tested, images = table[table["split"] == "test"], run["data"] / "sample" / "sample"
+    device = SimpleNamespace(device="cpu")
+    repo = client.create("me/model")
+    files = {name: (run["model"] / name).read_bytes() for name in PUBLISHED[:3]}
+    good = repo.commit("main", files, "ours")
+    found = read_back("me/model", good, tested, images, device)
+    assert found["images"] == 32 and found["agreeing"] >= 31 and found["largest_difference"] < 0.05
+    weights = bytearray(files["model.safetensors"])
+    weights[-40_000:] = bytes(40_000)
+    bad = repo.commit("main", {"model.safetensors": bytes(weights)}, "theirs")
+    with pytest.raises(SystemExit, match="answers otherwise than this run did"):
+        read_back("me/model", bad, tested, images, device)
+    client.faults = [Fault("GET", "resolve/.*safetensors", cut=100_000)]
+    with contextlib.suppress(OSError), Image.open(images / tested["file"].iloc[0]):
+        pass
+    assert read_back("me/model", good, tested, images, device) == found  # a cut download goes on
+    assert client.faults[0].times == 0
+
+
+def test_settings_that_have_no_effect_are_refused(server, finished, tmp_path):
+    metrics = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())
+    assert "published" not in metrics
+    done = run_with_hub(server, tmp_path, *finished, "--hub_strategy", "checkpoint")
+    assert done.returncode == 1 and "--hub_strategy and --hub_always_push have no effect" in done.stderr
+    assert not server.repos

@@ -1,0 +1,266 @@
+"""Step 11: a finished model sorts images, folders and archives, in a terminal, into a table and on a page."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import COLOURS, ROOT, draw
+from transformers import ViTImageProcessor
+
+from finetune_vit import (
+    classify,
+    find_inputs,
+    load_model,
+    make_space,
+    open_page,
+    predict_files,
+    read_settings,
+)
+
+SCRIPT = ROOT / "finetune_vit.py"
+
+
+def use(folder, *flags):
+    command = [sys.executable, SCRIPT, *map(str, flags)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def reported(run):
+    """What the run itself predicted for its test images, by file."""
+    table = pd.read_csv(run["model"] / "report" / "predictions.csv")
+    return table[table["split"] == "test"].set_index("file")
+
+
+def test_a_few_images_are_shown_as_the_run_predicted_them(run, tmp_path):
+    expected, images = reported(run).iloc[::9], run["data"] / "sample" / "sample"
+    done = use(
+        tmp_path, "--output_dir", run["model"], "--predict", *(images / name for name in expected.index)
+    )
+    assert done.returncode == 0, done.stderr
+    for file, row in expected.iterrows():
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(str(images / file)))
+        _, prediction, probability, _, _ = line.split()
+        assert prediction == row["prediction"]
+        assert float(probability) == pytest.approx(row[prediction], abs=0.02)  # another batch in bf16
+    assert re.search(r"8 images, \d+\.\d a second", done.stdout) and list(tmp_path.iterdir()) == []
+
+
+def test_many_images_go_into_a_table(run, tmp_path):
+    """A folder and an archive of the same images, and two files that are none."""
+    expected, images = reported(run), run["data"] / "sample" / "sample"
+    (tmp_path / "in").mkdir()
+    for file in expected.index:
+        (tmp_path / "in" / file).parent.mkdir(exist_ok=True)
+        shutil.copy(images / file, tmp_path / "in" / file)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for file in expected.index[:30]:
+            archive.write(images / file, f"top/{file}")
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.png").touch()
+    done = use(tmp_path, "--output_dir", run["model"], "--predict", "in", "in.zip", "text.jpg", "empty.png")
+    assert done.returncode == 0, done.stderr
+
+    table = pd.read_csv(tmp_path / "predictions.csv").set_index("file")
+    classes = list(expected.columns[-8:])
+    assert list(table.columns) == ["prediction", *classes, "error"] and len(table) == 72 + 30 + 2
+    folder = table.loc[[f"in/{file}" for file in expected.index]]
+    assert (folder["prediction"].to_numpy() == expected["prediction"]).all()
+    assert np.abs(folder[classes].to_numpy() - expected[classes].to_numpy()).max() < 0.02
+    zipped = table.loc[[f"in.zip/top/{file}" for file in expected.index[:30]]]
+    assert (zipped["prediction"].to_numpy() == expected["prediction"][:30]).all()
+    for name in ("text.jpg", "empty.png"):
+        assert table.loc[name, classes].isna().all() and pd.isna(table.loc[name, "prediction"])
+        assert "UnidentifiedImageError" in table.loc[name, "error"] and f"unreadable: '{name}'" in done.stdout
+    assert "104 images" in done.stdout and "0x" not in done.stdout
+
+    again = use(tmp_path, "--output_dir", run["model"], "--predict", "in")
+    assert (again.returncode, again.stderr.splitlines()[-1]) == (
+        1, "error: predictions.csv exists; move it, or run in another folder"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--predict", "absent.jpg"], "--predict absent.jpg is not there"),
+        (["--predict", "."], "nothing holds no finished model; train it first"),
+        (["--demo"], "nothing holds no finished model; train it first"),
+        (
+            ["--model_name_or_path", ROOT / "data" / "sample-vit", "--predict", "."],
+            "its classes have no names",
+        ),
+        (["--output_dir", "RUN", "--predict", "."], "no images in ."),
+        (["--output_dir", "RUN", "--predict", "trap.zip"], "cannot unpack trap.zip"),
+    ],
+)
+def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("trap.zip", "w") as archive:
+        archive.writestr("../out.jpg", b"")
+    flags = [str(run["model"] if flag == "RUN" else flag) for flag in flags]
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        settings, training = read_settings(["--output_dir", "nothing", *flags])
+        (open_page if settings.demo else lambda *_: predict_files(*_, Path("new.csv")))(settings, training)
+    assert sorted(os.listdir()) == ["trap.zip"]
+
+
+def test_another_model_is_taken_where_it_is_named(run, tmp_path):
+    """A folder that was moved, or another than that of the finished run in output_dir."""
+    shutil.copytree(run["model"], tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    config["id2label"] = {number: f"moved-{name}" for number, name in config["id2label"].items()}
+    config["label2id"] = {name: int(number) for number, name in config["id2label"].items()}
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+    image = run["data"] / "sample" / "sample" / reported(run).index[0]
+    done = use(tmp_path, "--output_dir", run["model"], "--model_name_or_path", "moved", "--predict", image)
+    assert done.returncode == 0 and " moved-" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def colour_model(tiny_vit):
+    """A model of three classes, its processor, and settings of a small batch."""
+    processor = ViTImageProcessor.from_pretrained(tiny_vit)
+    model = load_model(str(tiny_vit), list(COLOURS), processor, seed=0).eval()
+    _, training = read_settings(
+        ["--use_cpu", "true", "--bf16", "false", "--per_device_eval_batch_size", "32"]
+    )
+    return model, processor, training
+
+
+def test_memory_does_not_grow_with_the_number_of_files(colour_model, tmp_path):
+    for number in range(20):
+        draw(COLOURS["red"], np.random.default_rng(number), (300, 200)).save(tmp_path / f"{number}.jpg")
+    files = sorted(tmp_path.iterdir())
+
+    def peak_after(count):
+        rows = sum(
+            len(table) for table in classify({str(n): files[n % 20] for n in range(count)}, *colour_model)
+        )
+        assert rows == count
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+
+    peak_after(500)
+    assert peak_after(5000) - peak_after(500) < 20  # all their pixels would be 15 MB and their rows 180 MB
+
+
+def test_decoding_goes_on_while_the_model_works(colour_model, tmp_path, monkeypatch):
+    """With decoding and the model as slow as each other, both take little longer than one of them."""
+    draw(COLOURS["red"], np.random.default_rng(0)).save(tmp_path / "a.png")
+    model, processor, training = colour_model
+    decode = sys.modules["finetune_vit"].decode_file
+
+    def slow_decode(*args, **kwargs):
+        time.sleep(0.1 * os.cpu_count() / 32)  # 0.1 s a batch
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr("finetune_vit.decode_file", slow_decode)
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    start = time.perf_counter()
+    tables = list(classify({str(n): tmp_path / "a.png" for n in range(640)}, model, processor, training))
+    assert len(tables) == 20 and time.perf_counter() - start < 3.2  # 2.1 s; one after the other 4
+
+
+def test_inputs_keep_their_order_and_hidden_files_stay_out(tmp_path, make_images):
+    folder = make_images(count=3)
+    (folder / "red" / "._000.jpg").write_bytes(b"macOS leaves these")
+    with find_inputs([str(folder / "red" / "002.jpg"), str(folder)]) as inputs:
+        names = [os.path.relpath(name, folder) for name in inputs]
+    assert names == [
+        "red/002.jpg",
+        *(f"{c}/00{n}.jpg" for c in COLOURS for n in range(3) if (c, n) != ("red", 2)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    """The page of the finished run, served by the script itself; its address and the seconds it took."""
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-u", SCRIPT, "--output_dir", run["model"], "--demo"]
+    environment = os.environ | {"GRADIO_SERVER_PORT": "7899", "PYTHONUNBUFFERED": "1"}
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        late = threading.Timer(60, process.kill)
+        late.start()
+        address = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
+        late.cancel()
+        yield address, time.perf_counter() - start
+        process.kill()
+
+
+def test_page_answers_as_the_run_did(page, run):
+    client = pytest.importorskip("gradio_client").Client(page[0], verbose=False)
+    assert page[1] < 20  # 5 s when nothing else runs
+    handle = sys.modules["gradio_client"].handle_file
+    for file, row in reported(run).iloc[::20].iterrows():
+        answer = client.predict(handle(run["data"] / "sample" / "sample" / file), api_name="/classify")
+        assert answer["label"] == row["prediction"] and len(answer["confidences"]) == 8
+        assert answer["confidences"][0]["confidence"] == pytest.approx(row[row["prediction"]], abs=0.02)
+
+
+def test_page_in_a_browser(page, run, tmp_path):
+    """Open it, upload a file, read the answer; a text that is called .jpg gets a sentence."""
+    browsers = pytest.importorskip("playwright.sync_api")
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("no Chromium here")
+    expected = reported(run).iloc[0]
+    (tmp_path / "text.jpg").write_text("no image")
+    with browsers.sync_playwright() as play:
+        tab = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+        tab.goto(page[0])
+        tab.get_by_text("Not a medical device").wait_for()
+        tab.get_by_text("esophagitis", exact=True).wait_for()  # an example
+        tab.set_input_files("input[type=file]", run["data"] / "sample" / "sample" / expected.name)
+        tab.get_by_text("Submit").click()
+        assert tab.get_by_test_id("label-output-value").inner_text() == expected["prediction"]
+        tab.get_by_text("Clear").click()
+        tab.set_input_files("input[type=file]", tmp_path / "text.jpg")
+        tab.get_by_text("Submit").click()
+        assert "cannot be read as an image" in tab.locator(".toast-body").inner_text()
+
+
+def test_page_of_the_run_stands_alone(run):
+    """report/space is a Space: an app that compiles, its requirements, its header, drawn examples."""
+    space = run["model"] / "report" / "space"
+    compile((space / "app.py").read_text(), "app.py", "exec")
+    assert {path.stem for path in (space / "examples").iterdir()} == set(reported(run).columns[-8:])
+    assert "sdk: gradio" in (space / "README.md").read_text()
+    assert "torch" in (space / "requirements.txt").read_text()
+
+
+def test_page_of_other_classes_has_no_examples_and_names_the_published_model(tmp_path):
+    app = make_space(tmp_path / "space", ["cat", "dog"], "me/pets", "v2")
+    assert not (tmp_path / "space" / "examples").exists()
+    assert "MODEL = 'me/pets'" in app.read_text() and "REVISION = 'v2'" in app.read_text()
+    assert "- me/pets" in (tmp_path / "space" / "README.md").read_text()
+
+
+def test_export_to_onnx_agrees_with_the_model(run, tmp_path):
+    """README's command. Optimum needs an older transformers: put the optimum-cli of another venv on PATH."""
+    if not (optimum := shutil.which("optimum-cli")):
+        pytest.skip("optimum-cli is not on PATH")
+    export = [optimum, "export", "onnx", "--model", run["model"], "--task", "image-classification", tmp_path]
+    subprocess.run(list(map(str, export)), check=True, capture_output=True)
+    pixels = torch.rand(5, 3, 64, 64) * 2 - 1
+    np.save(tmp_path / "pixels.npy", pixels.numpy())
+    code = """import numpy, onnxruntime; model = onnxruntime.InferenceSession("model.onnx")
+numpy.save("logits.npy", model.run(["logits"], {"pixel_values": numpy.load("pixels.npy")})[0])"""
+    with open(optimum) as script:
+        python = script.readline().removeprefix("#!").strip()
+    subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
+    processor = ViTImageProcessor.from_pretrained(run["model"])
+    model = load_model(str(run["model"]), list(reported(run).columns[-8:]), processor, seed=0).eval()
+    with torch.no_grad():
+        logits = model(pixel_values=pixels).logits.numpy()
+    assert np.abs(np.load(tmp_path / "logits.npy") - logits).max() < 1e-4

@@ -112,9 +112,8 @@ SPLITS = ("train", "validation", "test")
 AUGMENTATIONS = ("flip", "turn", "crop", "colour")
 METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
-COLUMNS = (
-    "file file_a file_b split label label_a label_b prediction error".split()
-)  # of our tables, always text
+# Columns of our tables that are always text.
+COLUMNS = "file file_a file_b split label label_a label_b prediction error".split()
 TOKEN = r"hf_\w{30,}"  # of the Hub
 DAMAGED = "delete it, and it is made again where that is possible"
 log = logging.getLogger("finetune_vit")
@@ -256,11 +255,12 @@ def show(table: pd.DataFrame) -> None:
         print(f"\n{table.to_string()}\n", flush=True)
 
 
-def show_images(pictures: Iterable[np.ndarray], captions: Iterable[str]) -> None:
+def show_images(title: str, pictures: Iterable[np.ndarray], captions: Iterable[str]) -> None:
     """Show pictures, uint8 (height, width, 3), in a notebook; a script has no place for them."""
     if NOTEBOOK and MAIN:
         shown = list(zip(pictures, captions, strict=False))
-        figure = plot.Figure(figsize=(10, 2.2 * -(-len(shown) // 4)), layout="constrained")
+        figure = plot.Figure(figsize=(10, 0.4 + 2.2 * -(-len(shown) // 4)), layout="constrained")
+        figure.suptitle(title)
         for number, (picture, caption) in enumerate(shown, 1):
             axes = figure.add_subplot(-(-len(shown) // 4), 4, number)
             axes.imshow(picture)
@@ -491,6 +491,9 @@ save_only_model ignore_data_skip enable_jit_checkpoint use_liger_kernel fsdp dee
 
 def check_settings(settings: Settings, output_dir: str) -> None:
     """Find, before any long work, what would fail later. Raises SystemExit."""
+    for name in ("model_card.md", "app.py", "sample.zip"):
+        if not (HERE / "data" / name).is_file():
+            stop(f"data/{name} is missing beside finetune_vit.py", f"fetch all of it: git clone {REPOSITORY}")
     sizes = settings.test_size, settings.validation_size
     if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
         stop(f"test_size and validation_size are {sizes}", "give shares above 0 that add up to less than 1")
@@ -501,14 +504,9 @@ def check_settings(settings: Settings, output_dir: str) -> None:
     if settings.data_dir is not None and not os.path.isdir(settings.data_dir):
         stop(f"--data_dir {settings.data_dir} is not a folder", "give a folder that holds one folder a class")
     for name, folder in (("output_dir", output_dir), ("data_root", settings.data_root)):
-        if (
-            settings.data_dir is not None
-            and Path(settings.data_dir).resolve() in Path(folder, "_").resolve().parents
-        ):
-            stop(
-                f"--{name} {folder} lies in --data_dir, as if it were a class",
-                "choose a folder outside of it",
-            )
+        around = Path(folder, "_").resolve().parents
+        if settings.data_dir is not None and Path(settings.data_dir).resolve() in around:
+            stop(f"--{name} {folder} lies in --data_dir, as if it were a class", "choose one outside of it")
     if settings.data_dir is None and not is_url(settings.data_url) and not os.path.isfile(settings.data_url):
         stop(f"--data_url {settings.data_url} is not a file", "give a URL or the path of an archive")
     if settings.data_dir is None:
@@ -547,10 +545,8 @@ def check_training(training: TrainingArguments) -> None:
             text = "would change what is evaluated, or what a run can go on from"
             stop(f"--{option.name} {text}", "leave it out")
     if training.hub_strategy != "every_save" or training.hub_always_push:
-        stop(
-            "--hub_strategy and --hub_always_push have no effect",
-            "leave them out: what is finished is pushed",
-        )
+        remedy = "leave them out: what is finished is pushed"
+        stop("--hub_strategy and --hub_always_push have no effect", remedy)
     if not training.output_dir.strip() or re.search(NO_TEXT, training.output_dir):
         stop("--output_dir is empty or no text", "give a folder or leave it out")
     if training.fp16 and training.device.type == "cpu":
@@ -1259,8 +1255,9 @@ def show_examples(images: Dataset, folder: Path, shape: tuple[int, int, int]) ->
     """Show, in a notebook, an image of each class: the file, and what the model gets of it."""
     rows = images.select(np.unique(images["label"][:], return_index=True)[1][:12])
     files, names = rows["file"][:], images.features["label"].names
-    show_images((np.array(transformers.image_utils.load_image(str(folder / file))) for file in files), names)
-    show_images(pixels_of(files, rows, shape), names)
+    originals = (np.array(transformers.image_utils.load_image(str(folder / file))) for file in files)
+    show_images("the files", originals, names)
+    show_images(f"what the model gets: {shape}", pixels_of(files, rows, shape), names)
 
 
 if TRAIN:
@@ -2401,10 +2398,10 @@ def write_report(
         return draw_examples(rows[:12], class_names, images, trainer.model, shape)
 
     pictures = {  # file name: (whether there is anything to draw, how)
+        "training_curves.png": (history, lambda: draw_training_curves(history)),
         "confusion_matrix.png": (True, lambda: draw_confusion_matrix(tested, class_names)),
         "per_class.png": (True, lambda: draw_class_bars(results["per_class"])),
         "reliability.png": (True, lambda: draw_reliability(*truth_of(tested, class_names), temperature)),
-        "training_curves.png": (history, lambda: draw_training_curves(history)),
         "mistakes.png": (not right.all(), lambda: examples(tested[~right])),
         "attention.png": (right.any(), lambda: examples(tested[right].groupby("label").head(1))),
         "label_conflicts.png": (len(conflicts), lambda: draw_conflicts(conflicts[:12], images, shape)),
@@ -2418,6 +2415,7 @@ def write_report(
                 draw().savefig(part, dpi=150)  # a $ in a class name is no formula
         write_card(card, output_dir)
     for name in pictures if NOTEBOOK else ():
+        log.info("%s", report / name)
         show_picture((report / name).read_bytes())
     log.info("model and model card: %s; numbers and pictures: %s", output_dir, report)
     return list(pictures)
@@ -2464,11 +2462,9 @@ if TRAIN and MAIN:
 # whether it answers as this run did. If anything fails, the same command goes on from there.
 
 # %%
-PUBLISHED = ["config.json", "preprocessor_config.json", "model.safetensors", "README.md", "all_results.json"]
-PUBLISHED += ["trainer_state.json", "report/metrics.json", "report/split.csv", "report/model_card.md"]
-PUBLISHED += [
-    f"report/{name}.png" for name in ("confusion_matrix", "per_class", "reliability", "training_curves")
-]
+PUBLISHED = """config.json preprocessor_config.json model.safetensors README.md all_results.json
+trainer_state.json report/metrics.json report/split.csv report/confusion_matrix.png report/per_class.png
+report/reliability.png report/training_curves.png""".split()
 
 
 def publish(
@@ -2478,16 +2474,12 @@ def publish(
     """Push the finished run to the Hub as `name`, check what the Hub gives back, add that to the card."""
     output_dir = Path(training.output_dir)
     commit = push(output_dir, name, training.hub_revision)
-    what = {
-        "repo": name,
-        "revision": training.hub_revision,
-        "weights": sha256_of(output_dir / "model.safetensors"),
-    }
+    what = {"repo": name, "revision": training.hub_revision}
+    what["weights"] = sha256_of(output_dir / "model.safetensors")
     if not what.items() <= results.get("published", {}).items():
         tested = predictions[predictions["split"] == "test"]
-        results["published"] = (
-            what | {"commit": commit} | read_back(name, commit, tested, image_folder, training)
-        )
+        agreement = read_back(name, commit, tested, image_folder, training)
+        results["published"] = what | {"commit": commit} | agreement
         write_json(output_dir / "report" / "metrics.json", results)
         write_card(str(make_model_card(results, pictures, image_folder)), output_dir)
         push(output_dir, name, training.hub_revision)
@@ -2502,9 +2494,7 @@ def push(folder: Path, name: str, revision: str | None = None, **options: Any) -
             return hub.upload_folder(repo_id=name, folder_path=folder, revision=revision, **options).oid
         except Exception as problem:  # of many kinds: those of HTTP, of the Hub, of the card's header
             if wait is None or not may_pass(problem.__cause__ or problem):
-                remedy = (
-                    f"all is safe in {folder}: run the same command again, and only the push is left to do"
-                )
+                remedy = f"all is safe in {folder}; run the same command again: only the push is left to do"
                 stop(f"cannot push to {name}: {explain(problem)}", remedy)
             log.warning("warning: %s; trying again in %s s", explain(problem), wait)
             time.sleep(wait)
@@ -2553,10 +2543,8 @@ def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[s
     own = settings.model_name_or_path in (VIT_BASE, record.get("model_name_or_path"))
     name = str(output_dir) if own else settings.model_name_or_path
     if own and not (output_dir / "model.safetensors").exists():
-        stop(
-            f"{output_dir} holds no finished model",
-            "train it first, or give --output_dir or --model_name_or_path",
-        )
+        remedy = "train it first, or give --output_dir or --model_name_or_path"
+        stop(f"{output_dir} holds no finished model", remedy)
     log.info("reading the checkpoint %s", name)
     try:
         id2label = check_vit(name)
@@ -2590,9 +2578,8 @@ def decode_ahead(files: list[Path], processor: ViTImageProcessor, size: int) -> 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = deque()
         for start in range(0, len(files), size):
-            waiting.append(
-                [pool.submit(decode_file, file, processor) for file in files[start : start + size]]
-            )
+            batch = files[start : start + size]
+            waiting.append([pool.submit(decode_file, file, processor) for file in batch])
             if len(waiting) > 2:
                 yield [row.result() for row in waiting.popleft()]
         while waiting:

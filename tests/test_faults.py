@@ -220,7 +220,8 @@ def on_colab(tmp_path):
     text = (ROOT / "finetune_vit.py").read_text()
     assert text.count('"/content/drive"') == 1
     (work / "finetune_vit.py").write_text(text.replace('"/content/drive"', repr(str(drive))))
-    shutil.copy(ROOT / "data" / "model_card.md", work / "data")
+    for name in ("model_card.md", "app.py", "sample.zip"):
+        shutil.copy(ROOT / "data" / name, work / "data")
 
     def run(*flags, mounted=True, rate=0.0):
         if mounted:

@@ -1,33 +1,47 @@
 """The same file as a notebook: converted by jupytext and run from top to bottom in a real kernel."""
 
+import base64
+import io
 import json
+import re
 
-import jupytext
 import nbclient
+import nbformat
 import pytest
 from conftest import ROOT
+from make_notebook import NOTEBOOK, make_notebook
+from PIL import Image
 
-from finetune_vit import KVASIR_URL
+from finetune_vit import KVASIR_URL, REPOSITORY
 
 
-def test_script_converts_to_a_notebook_and_back():
-    notebook = jupytext.read(ROOT / "finetune_vit.py")
+def test_notebook_is_that_of_the_script():
+    """It is made by `python tests/make_notebook.py`; the badge in the README opens it."""
+    assert NOTEBOOK.read_text(encoding="utf-8") == make_notebook()
+    badge = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
+    for readme in ("README.md", "README.tr.md"):
+        assert f"({badge}/blob/main/data/finetune_vit.ipynb)" in (ROOT / readme).read_text(encoding="utf-8")
+
+
+def test_steps_have_titles_and_short_prose(notebook):
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    titles = [text.splitlines()[0] for text in prose[1:]]
-    steps = [f"## {step} " for step in range(10)]
-    assert [title[:5] for title in titles] == [*steps[:9], "### E", steps[9]]
+    titles = [re.match(r"##+ (\d+|Elsewhere)", text)[1] for text in prose[1:]]
+    assert titles == [*map(str, range(9)), "Elsewhere", "9", "10", "11"]
     assert all(len(text.splitlines()) <= 7 for text in prose[1:])  # a title and six lines at most
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    assert "\n\n\n".join(code).count("\nif RUN") == 12
+    code = "\n\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    for block in re.findall(r"^if (?:RUN|TRAIN)\b.*\n((?:    .*\n?)+)", code, re.M)[1:]:
+        assert len(block.splitlines()) <= 6, block
 
 
 @pytest.fixture
 def notebook():
-    return jupytext.read(ROOT / "finetune_vit.py")
+    return nbformat.read(NOTEBOOK, as_version=4)
 
 
 def run(notebook):
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    """In the folder of the notebook, as Jupyter does."""
+    place = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
 
 
 def outputs(notebook):
@@ -52,6 +66,12 @@ def test_notebook_runs_on_the_sample(notebook, tmp_path):
     run(notebook)
     tables = [output for output in outputs(notebook) if "text/html" in output.get("data", {})]
     assert len([table for table in tables if "esophagitis" in table["data"]["text/html"]]) >= 2
+    pictures = [
+        output["data"]["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 9  # examples, prepared; curves, confusion matrix, classes, reliability, galleries
+    for picture in pictures:
+        assert Image.open(io.BytesIO(base64.b64decode(picture))).width >= 800
     text = "".join(output.get("text", "") for output in outputs(notebook))
     assert "epoch 1 of 1: training loss" in text and "test accuracy 0." in text
     results = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())

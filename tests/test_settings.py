@@ -316,3 +316,11 @@ def test_import_is_light():
 def test_import_runs_nothing():
     assert not finetune_vit.RUN and not hasattr(finetune_vit, "settings")
     assert (ROOT / "finetune_vit.py").samefile(finetune_vit.__file__)
+
+
+def test_script_that_was_fetched_alone_says_so_at_once(tmp_path):
+    (tmp_path / "finetune_vit.py").write_bytes((ROOT / "finetune_vit.py").read_bytes())
+    done = subprocess.run([sys.executable, "finetune_vit.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "data/model_card.md is missing beside finetune_vit.py; fetch all of it: git clone" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["finetune_vit.py"]

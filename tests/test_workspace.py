@@ -193,11 +193,11 @@ def test_garbled_settings_are_one_line(tmp_path, begun, content):
         open_workspace(*read_settings(begun))
 
 
-def test_results_of_another_version_of_the_script_are_pointed_out(tmp_path, begun, capsys):
+def test_results_of_another_version_of_the_script_are_pointed_out(tmp_path, begun, caplog):
     path = tmp_path / "model" / "settings.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"script_sha256": "0" * 64}))
     open_workspace(*read_settings(begun))
-    assert "was begun by another version of this script" in capsys.readouterr().out
+    assert "was begun by another version of this script" in caplog.text
 
 
 def test_one_folder_has_one_run_at_a_time(tmp_path):

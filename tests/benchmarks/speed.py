@@ -235,6 +235,28 @@ def measure_evaluation(trainer, shape: tuple[int, int, int], repeats: int) -> No
             note("evaluate", "script / bare", "ratio", bare / seconds)
 
 
+def measure_prediction(trainer, folder: Path, processor, repeats: int) -> None:
+    """Compare --predict, which decodes the files as it goes, with the model alone."""
+    args, shape, model = trainer.args, script.pixel_shape(processor), trainer.model.eval()
+    pixels = random_pixels(args.eval_batch_size, shape, args.device)
+    files = {path: Path(path) for path in script.list_images(folder)}
+    batches = len(files) // len(pixels)
+    files = dict(list(files.items())[: batches * len(pixels)])
+    for i in range(repeats + 1):
+        start = clock(args.device)
+        rows = sum(len(table) for table in script.classify(files, model, processor, args))
+        seconds = clock(args.device) - start
+        with precision(args), torch.inference_mode():
+            start = clock(args.device)
+            for _ in range(batches):
+                model(pixel_values=pixels)
+            bare = clock(args.device) - start
+        if i:
+            note("predict", "script", "images/s", rows / seconds)
+            note("predict", "bare", "images/s", rows / bare)
+            note("predict", "script / bare", "ratio", bare / seconds)
+
+
 def tutorial_training(slow, checkpoint: str, args, repeats: int) -> Iterator[float]:
     """Yield the images a second of the tutorial's loop: batches of 16, float32, from lists of floats."""
     model = transformers.ViTForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
@@ -377,6 +399,7 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
     trainer.add_callback(BareLoop(trainer, shape))
     trainer.train()
     measure_evaluation(trainer, shape, options.repeats)
+    measure_prediction(trainer, folder, processor, options.repeats)
     measure_augmentation(trainer.args, shape, options.repeats)
     for speed in tutorial_training(slow, checkpoint, trainer.args, options.repeats):
         note("train", "tutorial", "images/s", speed)

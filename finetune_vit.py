@@ -725,31 +725,28 @@ def open_hub(training: TrainingArguments, settings: Settings) -> str:
     Raises SystemExit if not, or if another model has that name.
     """
     training.push_to_hub = False  # the Trainer's own push: unfinished, and without the card
-    name, revision = training.hub_model_id or Path(training.output_dir).resolve().name, training.hub_revision
-    weights = Path(training.output_dir) / "model.safetensors"
-    ours = read_json(Path(training.output_dir) / "report" / "metrics.json").get("published", {})
+    output_dir, revision = Path(training.output_dir), training.hub_revision
+    name, private = training.hub_model_id or output_dir.resolve().name, training.hub_private_repo
     if not hub.get_token():
         stop("--push_to_hub finds no token of the Hub", "run `hf auth login`, or set HF_TOKEN")
     try:
-        name = hub.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+        name = hub.create_repo(name, private=private, exist_ok=True).repo_id
         if revision:
             hub.create_branch(name, branch=revision, exist_ok=True)
         may_write(name, revision)
         found = hub.get_paths_info(name, ["model.safetensors"], revision=revision)
         if settings.hub_space_id:
-            hub.create_repo(settings.hub_space_id, repo_type="space", space_sdk="gradio", exist_ok=True)
+            space = {"repo_type": "space", "space_sdk": "gradio", "private": private}
+            hub.create_repo(settings.hub_space_id, exist_ok=True, **space)
             may_write(settings.hub_space_id, repo_type="space")
     except Exception as problem:  # of many kinds: those of HTTP, of the Hub, of a name
         stop(f"cannot push to {name}: {explain(problem)}", "check the token, the name and the network")
-    if (
-        found
-        and ours.get("repo") != name
-        and not (weights.exists() and found[0].lfs and found[0].lfs.sha256 == sha256_of(weights))
-    ):
-        stop(
-            f"{name} holds another model",
-            "give another --hub_model_id, or a --hub_revision (branch) for this",
-        )
+    weights, published = output_dir / "model.safetensors", read_json(output_dir / "report" / "metrics.json")
+    ours = published.get("published", {}).get("repo") == name  # an earlier model of this run, perhaps
+    ours |= weights.exists() and bool(found) and getattr(found[0].lfs, "sha256", "") == sha256_of(weights)
+    if found and not ours:
+        remedy = "give another --hub_model_id, or a --hub_revision (branch) for this"
+        stop(f"{name} holds another model", remedy)
     return name
 
 

@@ -119,7 +119,8 @@ def test_twenty_kills_at_random_moments_change_no_bit_and_repeat_no_finished_epo
                 break
             kills += 1
         assert status == 0 and results(folder) == results(tmp_path / "whole")
-        assert not list(folder.rglob(".part*"))
+        left = [path for path in folder.rglob(".part*") if "damaged-checkpoint" not in str(path)]
+        assert not left  # a checkpoint that was killed half-way is renamed as it is
 
 
 def test_a_signal_at_any_moment_is_one_line(tmp_path, flags, runner):

@@ -51,7 +51,7 @@ def test_published_model_is_read_back_and_the_card_says_so(server, finished, tmp
     )
     assert done.returncode == 0, done.stderr
     repo, model = server.repos["model", "me/sample-vit"], tmp_path / "model"
-    assert repo.private
+    assert repo.private and server.repos["space", "me/page"].private
 
     _, (_, first, _, everything), (_, _, _, changed) = repo.history  # one commit; one more with the check
     assert everything == sorted(PUBLISHED)

@@ -411,6 +411,8 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     training.remove_unused_columns = False  # `collate` makes the model's inputs
     training.logging_nan_inf_filter = False  # a loss that is not finite must be seen, and no step wait for it
     check_settings(settings, training.output_dir)
+    if settings.hub_space_id and not training.push_to_hub:
+        stop("--hub_space_id publishes the page of a model that is published", "add --push_to_hub")
     if re.search(TOKEN, json.dumps([dataclasses.asdict(settings), training.to_dict()])):
         stop("a token of the Hub stands where it would be written down", "give it with --hub_token")
     check_training(training)
@@ -2614,9 +2616,10 @@ def show_predictions(table: pd.DataFrame) -> None:
     """Show the two most probable classes of each file that could be read."""
     table = table[table["error"] == ""].set_index("file")
     probabilities = table.drop(columns=["prediction", "error"])
-    best = [row.nlargest(2) for _, row in probabilities.iterrows()]
-    rows = [(*(first for pair in row.round(3).items() for first in pair),) for row in best]
-    show(pd.DataFrame(rows, table.index, ["prediction", "probability", "or else", "with"]))
+    best = [row.nlargest(2).round(3) for _, row in probabilities.iterrows()]
+    rows = [(*(value for pair in row.items() for value in pair),) for row in best]
+    if rows:
+        show(pd.DataFrame(rows, table.index, ["prediction", "probability", "or else", "with"]))
 
 
 def predict_files(settings: Settings, training: TrainingArguments, path: Path) -> None:

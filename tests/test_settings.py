@@ -134,6 +134,7 @@ BAD = [
     (["--metric_for_best_model", ""], "metric_for_best_model"),
     (["--load_best_model_at_end", "true", "--eval_strategy", "no"], "load_best_model_at_end requires"),
     (["--hub_strategy", "foo"], "hub_strategy.*foo"),
+    (["--hub_space_id", "me/page"], "page of a model that is published; add --push_to_hub"),
     (["--seed", "1", "2"], "unknown argument 2"),
     (["--no_such_thing=hf_" + "x" * 34], "unknown argument --no_such_thing; "),
     (["hf_" + "x" * 34], "unknown argument hf_\\.\\.\\.;"),

@@ -112,8 +112,19 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, flags, said):
     flags = [str(run["model"] if flag == "RUN" else flag) for flag in flags]
     with pytest.raises(SystemExit, match=re.escape(said)):
         settings, training = read_settings(["--output_dir", "nothing", *flags])
-        (open_page if settings.demo else lambda *_: predict_files(*_, Path("new.csv")))(settings, training)
+        if settings.demo:
+            open_page(settings, training)
+        predict_files(settings, training, Path("new.csv"))
     assert sorted(os.listdir()) == ["trap.zip"]
+
+
+def test_nothing_but_damaged_files_is_no_table(run, tmp_path, capsys, caplog):
+    (tmp_path / "text.jpg").write_text("no image")
+    flags = ["--output_dir", str(run["model"]), "--predict", str(tmp_path)]
+    with caplog.at_level("INFO", logger="finetune_vit"):
+        predict_files(*read_settings(flags), tmp_path / "new.csv")
+    assert capsys.readouterr().out == "" and re.search(r"unreadable: '.*text.jpg'", caplog.text)
+    assert "1 images" in caplog.text
 
 
 def test_another_model_is_taken_where_it_is_named(run, tmp_path):

@@ -24,7 +24,8 @@ if RUN and NOTEBOOK:  # it comes alone: fetch what lies beside it, install what 
     if os.path.exists("../requirements.txt"):
         os.chdir("..")
     elif not os.path.exists("requirements.txt"):
-        subprocess.run(["git", "clone", "-q", REPOSITORY], check=True)
+        if not os.path.exists("finetune_vit"):
+            subprocess.run(["git", "clone", "-q", REPOSITORY], check=True)
         os.chdir("finetune_vit")
     here = [f"torch=={importlib.metadata.version('torch')}"] if importlib.util.find_spec("torch") else []
     install = [sys.executable, "-m", "pip", "install", "-q", "-r", "requirements.txt"]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import subprocess
 
 import nbclient
 import nbformat
@@ -38,14 +39,31 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def run(notebook):
+def run(notebook, folder=NOTEBOOK.parent):
     """In the folder of the notebook, as Jupyter does."""
-    place = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    place = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
 
 
 def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def test_notebook_that_comes_alone_fetches_the_rest_once(notebook, tmp_path):
+    """As on Colab, where it has no neighbours; the second time the kernel was restarted."""
+    (tmp_path / "finetune_vit").mkdir()
+    (tmp_path / "finetune_vit" / "requirements.txt").write_text("numpy\n")
+    who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "all of it"]):
+        subprocess.run(["git", *command], cwd=tmp_path / "finetune_vit", check=True)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
+    cells[0].source = cells[0].source.replace(REPOSITORY, str(tmp_path / "finetune_vit"))
+    cells[0].source += "\nprint(os.getcwd())"
+    notebook.cells, place = cells, tmp_path / "content"
+    place.mkdir()
+    for _ in range(2):
+        run(notebook, place)
+        assert outputs(notebook)[-1]["text"].strip() == str(place / "finetune_vit")
 
 
 def test_defaults_apply_and_the_kernels_own_arguments_are_ignored(notebook):

@@ -139,17 +139,21 @@ PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, 
 LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE}
 
 
-def patiently(action: Callable, *args: Any) -> Any:
-    """Return action(*args); where a network drive fails, try again for half a minute."""
+def drive_may_recover(problem: BaseException) -> bool:
+    return file_error(problem) in PASSING
+
+
+def patiently(action: Callable, *args: Any, hope: Callable = drive_may_recover, **options: Any) -> Any:
+    """Return action(*args, **options); while there is hope after a failure, try again for half a minute."""
     for wait in (1, 2, 4, 8, 16):
         try:
-            return action(*args)
+            return action(*args, **options)
         except Exception as problem:
-            if file_error(problem) not in PASSING:
+            if not hope(problem):
                 raise
-            log.warning("warning: %s; trying again in %s s", problem, wait)
+            log.warning("warning: %s; trying again in %s s", " ".join(str(problem).split()), wait)
             time.sleep(wait)
-    return action(*args)
+    return action(*args, **options)
 
 
 def end_in_one_line(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
@@ -759,9 +763,13 @@ def may_write(name: str, revision: str | None = None, repo_type: str = "model") 
     hub.preupload_lfs_files(name, [file], revision=revision, repo_type=repo_type)
 
 
+def hidden_cause(problem: BaseException) -> BaseException:
+    """Return what went wrong on the way to the Hub, which its client at times hides behind a RuntimeError."""
+    return problem.__cause__ or problem if isinstance(problem, RuntimeError) else problem
+
+
 def explain(problem: BaseException) -> str:
-    """Return what went wrong on the way to the Hub, which its client at times hides behind another error."""
-    return str(problem.__cause__ if isinstance(problem, RuntimeError) else problem) or type(problem).__name__
+    return str(hidden_cause(problem)) or type(problem).__name__
 
 
 def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
@@ -873,6 +881,7 @@ def download(url: str, archive: Path, timeout: float = 60) -> None:
 
 def may_pass(problem: BaseException) -> bool:
     """Say whether a failed download or upload is worth another try."""
+    problem = hidden_cause(problem)
     response = getattr(problem, "response", None)  # of the Hub's client
     if status := getattr(problem, "code", None) or getattr(response, "status_code", None):
         return status in (408, 416, 425, 429, 500, 502, 503, 504)
@@ -2488,16 +2497,13 @@ def publish(
 def push(folder: Path, name: str, revision: str | None = None, **options: Any) -> str:
     """Upload what has changed of PUBLISHED in one commit, return its id. Raises SystemExit if that fails."""
     options = {"allow_patterns": PUBLISHED, "commit_message": "Add what finetune_vit.py made"} | options
+    options |= {"repo_id": name, "folder_path": folder, "revision": revision}
     log.info("pushing %s to %s/%s", folder, hub.constants.ENDPOINT, name)
-    for wait in (1, 5, 30, None):
-        try:
-            return hub.upload_folder(repo_id=name, folder_path=folder, revision=revision, **options).oid
-        except Exception as problem:  # of many kinds: those of HTTP, of the Hub, of the card's header
-            if wait is None or not may_pass(problem.__cause__ or problem):
-                remedy = f"all is safe in {folder}; run the same command again: only the push is left to do"
-                stop(f"cannot push to {name}: {explain(problem)}", remedy)
-            log.warning("warning: %s; trying again in %s s", explain(problem), wait)
-            time.sleep(wait)
+    try:
+        return patiently(hub.upload_folder, hope=may_pass, **options).oid
+    except Exception as problem:  # of many kinds: those of HTTP, of the Hub, of the card's header
+        remedy = f"all is safe in {folder}; run the same command again: only the push is left to do"
+        stop(f"cannot push to {name}: {explain(problem)}", remedy)
 
 
 def read_back(
@@ -2510,7 +2516,8 @@ def read_back(
     rows = tested.iloc[np.unique(np.linspace(0, len(tested) - 1, 32).astype(int))]
     try:
         with tempfile.TemporaryDirectory() as empty:
-            folder = hub.snapshot_download(name, revision=commit, cache_dir=empty)
+            fetch = functools.partial(hub.snapshot_download, name, revision=commit, cache_dir=empty)
+            folder = patiently(fetch, hope=may_pass)
             classifier = transformers.pipeline("image-classification", folder, device=training.device)
             answers = classifier([str(image_folder / file) for file in rows["file"]], top_k=1000)
     except Exception as problem:

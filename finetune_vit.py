@@ -2348,6 +2348,7 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     kvasir = KVASIR if is_kvasir(image_folder) else None
     base = results["settings"]["model_name_or_path"]
     names = {"data": kvasir["name"] if kvasir else image_folder.name, "base": Path(base).name}
+    on_the_hub = "/" in base and not Path(base).exists()  # of a folder elsewhere the name alone is left
     names["made"] = "fine-tuned" if "training_curves.png" in pictures else "evaluated"
     shown = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
     task, where = "image-classification", {"dataset_type": "imagefolder", "dataset_split": "test"}
@@ -2360,7 +2361,7 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     ]  # fmt: skip
     card_data = hub.ModelCardData(
         library_name="transformers", pipeline_tag=task, tags=["vision", "vit"], metrics=list(shown.values()),
-        base_model=None if Path(base).exists() else base, eval_results=eval_results,
+        base_model=base if on_the_hub else None, eval_results=eval_results,
         model_name=f"{names['base']} {names['made']} on {names['data']}",
     )  # fmt: skip
     if kvasir:
@@ -2379,7 +2380,7 @@ def command_of(settings: dict) -> str:
     usual, words = read_settings([]), ["python", "finetune_vit.py"]
     usual = dataclasses.asdict(usual[0]) | usual[1].to_dict()
     for key, value in settings.items():
-        if key.startswith(("push", "hub_")):  # that name is taken now
+        if key.startswith(("push", "hub_", "disable_tqdm")):  # taken now; what logging decides
             continue
         if isinstance(value, list) and value != usual[key]:
             words += [f"--{key}", *(value or ["none"])]

@@ -64,6 +64,7 @@ def test_published_model_is_read_back_and_the_card_says_so(server, finished, tmp
     for path in re.findall(r"!\[.*?\]\((.*?)\)", card):
         assert path in files
     n = int(re.search(r"gives (\d+) of the 32 predictions", card)[1])
+    assert ".\n\n## Intended use" in card
     assert first in card and n >= 31 and '"image-classification", "me/sample-vit")' in card
     assert f"read back: {n} of 32 predictions agree" in done.stdout
 

@@ -149,6 +149,13 @@ def test_card_is_complete_and_carries_the_terms(tmp_path, report, folder, kvasir
     assert set(shown) < drawn and len(shown) == 4
 
 
+def test_model_that_came_from_a_folder_is_no_name_on_the_hub(report, results):
+    results["settings"]["model_name_or_path"] = "vit-of-mine"  # what is left of /home/me/vit-of-mine
+    card = report()
+    assert card.data.base_model is None and "Fine-tuned from `vit-of-mine`" in card.text
+    assert "see Calibration\n```\n\n## Intended use" in card.text
+
+
 def test_command_of_a_run_gives_its_settings_again(tmp_path):
     flags = [
         "--data_dir", str(tmp_path), "--split_by", "random", "--report_to", "none", "--learning_rate", "1e-4",

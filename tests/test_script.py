@@ -1,6 +1,7 @@
 """The whole script, run as a user would run it on the embedded sample, and what it leaves behind."""
 
 import json
+import re
 import time
 
 import pandas as pd
@@ -117,6 +118,11 @@ def test_card_reports_the_same_numbers(run):
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values["accuracy"] == round(results["test"]["accuracy"]["value"], 4)
     assert card.data.base_model is None and card.data.license is None  # neither is on the Hub or known
+    command = re.search(r"```bash\n(.+)\n```", card.text)[1]
+    assert command == (
+        "python finetune_vit.py --data_url=data/sample.zip --model_name_or_path=data/sample-vit "
+        "--augment=flip,turn --num_train_epochs=40.0 --learning_rate=0.001"  # folders called as by default
+    )
 
 
 def test_second_run_finds_everything(run):

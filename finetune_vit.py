@@ -401,7 +401,11 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     config = parser.parse_known_args(arguments)[0].config
     if config:
         arguments = config_arguments(Path(config), known) + arguments
-    parser.set_defaults(**suit_hardware(parser.parse_known_args(arguments)[0]))
+    given = parser.parse_known_args(arguments)[0]
+    for name in UNFIT:  # now: TrainingArguments would act on a DeepSpeed file, for the whole process
+        if (getattr(given, name) or None) != (parser.get_default(name) or None):
+            stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
+    parser.set_defaults(**suit_hardware(given))
     try:
         settings, training, _, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
@@ -547,10 +551,6 @@ def check_training(training: TrainingArguments) -> None:
             value = getattr(training, name)
             if value is not None and not low <= value <= high:  # nan is refused as well
                 stop(f"--{name} is {value}", f"give {low:g} to {high:g}")
-    for option in dataclasses.fields(training):
-        if option.name in UNFIT and (getattr(training, option.name) or None) != (option.default or None):
-            text = "would change what is evaluated, or what a run can go on from"
-            stop(f"--{option.name} {text}", "leave it out")
     if training.hub_strategy != "every_save" or training.hub_always_push:
         remedy = "leave them out: what is finished is pushed"
         stop("--hub_strategy and --hub_always_push have no effect", remedy)

@@ -8,6 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import ROOT, run_script
 
@@ -115,8 +116,8 @@ BAD = [
     (["--torch_compile_mode", "nonsense"], "optimizer refuses these settings.*nonsense"),
     (["--use_cpu", "--fp16"], "--fp16 needs a GPU; leave it out"),
     (["--bf16", "maybe"], "bf16.*maybe"),
-    (["--fsdp", "nonsense"], "nonsense"),
-    (["--deepspeed", "no.json"], "deepspeed"),
+    (["--fsdp", "nonsense"], "fsdp would change"),
+    (["--deepspeed", "no.json"], "deepspeed would change"),
     (["--accelerator_config", "no.json"], "no.json"),
     (["--save_only_model"], "save_only_model would change.*what a run can go on from"),
     (["--ignore_data_skip"], "ignore_data_skip would change"),
@@ -186,6 +187,7 @@ def test_a_mistake_is_one_error_line(folder, flags, message):
     line = str(stopped.value)
     assert re.fullmatch(r"error: .+; .+", line), line
     assert re.search(message, line), line
+    assert transformers.integrations.deepspeed.deepspeed_config() is None  # it would outlive the refusal
 
 
 @pytest.mark.parametrize("name", ["output_dir", "data_root"])

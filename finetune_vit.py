@@ -17,6 +17,37 @@ import os
 import subprocess
 import sys
 
+DEFAULT = {
+    "num_train_epochs": 5.0,
+    "per_device_train_batch_size": 16,  # images a step
+    "learning_rate": 2e-4,  # peak of AdamW, for that many images a step
+    "lr_scheduler_type": "cosine",  # from the peak to 0
+    "warmup_steps": 0.3,  # share of the steps; AdamW's first ones tear features apart
+    "weight_decay": 0.05,
+    "layer_decay": 0.75,  # each layer learns at that share of the rate of the next one
+    "linear_probe": True,  # the head starts where logistic regression on the pretrained features puts it
+    "augment": "flip,turn",  # an endoscope has no "up"; for images that have one: --augment ""
+}
+RECIPES = {  # by evidence: the table in the README
+    "default": DEFAULT,
+    "fast": DEFAULT | {"num_train_epochs": 0.75},  # with the probe a fifth of the compute
+    "best": DEFAULT | {"num_train_epochs": 15.0},  # three times the compute
+    "tutorial": {  # of the blog post from which this grew; split and choice of the epoch, too
+        "num_train_epochs": 5.0,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 500,  # of the 2,125 steps that Kvasir v2 makes
+        "weight_decay": 0.01,
+        "layer_decay": 1.0,  # none
+        "linear_probe": False,
+        "augment": "",
+        "split_by": "random",
+        "validation_size": 0.0,  # the test images choose the epoch, by accuracy
+        "metric_for_best_model": "accuracy",
+    },
+}
+
 REPOSITORY = "https://github.com/OWNER/finetune_vit"
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import
 NOTEBOOK = "ipykernel" in sys.modules
@@ -103,7 +134,8 @@ class Lazy:
 
 datasets, evaluate, hub, transformers = map(Lazy, ("datasets", "evaluate", "huggingface_hub", "transformers"))
 matplotlib, plot, pd, scipy = map(Lazy, ("matplotlib", "matplotlib.figure", "pandas", "scipy"))
-metrics, safetensors, torch = map(Lazy, ("sklearn.metrics", "safetensors", "torch"))
+linear_model, metrics = map(Lazy, ("sklearn.linear_model", "sklearn.metrics"))
+safetensors, torch = map(Lazy, ("safetensors", "torch"))
 F = Lazy("torch.nn.functional")
 
 MAIN = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes and speaks
@@ -307,12 +339,19 @@ class Settings:
     data_dir: str | None = setting(None, "Folder of class folders; used instead of data_url.", "FOLDER")
     data_root: str = setting("data", "Folder for archives, unpacked images and caches.", "FOLDER")
     model_name_or_path: str = setting(VIT_BASE, "Pretrained ViT: name on the Hub, or folder.", "MODEL")
+    recipe: str = setting("default", "Values at the top of the script; flags override.", choices=[*RECIPES])
     test_size: float = setting(0.15, "Share of the images (0 to 1) that is kept for the test.", "SHARE")
-    validation_size: float = setting(0.15, "Share of the images that chooses the best epoch.", "SHARE")
+    validation_size: float = setting(
+        0.15, "Share that chooses the best epoch; 0: the test images do, and flatter the score.", "SHARE"
+    )
     split_by: str = setting(
         "near-duplicates", "near-duplicates (keeps them together), random, or a CSV file: file, split.", "HOW"
     )
     augment: str = setting("", "Training images vary by any of flip,turn,crop,colour.", "KINDS")
+    linear_probe: bool = setting(False, "Begin with a head that is fitted to the pretrained features.")
+    layer_decay: float = setting(1.0, "Rate of each layer, as a share of that of the next one.", "SHARE")
+    freeze_backbone: bool = setting(False, "Train the head alone: a fraction of the memory and time.")
+    class_weights: bool = setting(False, "Weigh the loss so that each class counts the same.")
     evaluate_train: bool = setting(False, "Report the metrics on the training images as well.")
     cross_validate: int = setting(0, "Train K more models on K folds; report mean and spread.", "K")
     external_dir: str | None = setting(None, "Folder of class folders to test on as well.", "FOLDER")
@@ -323,11 +362,11 @@ class Settings:
 
 TRAINING = {  # fields of transformers.TrainingArguments: our default, help, name of the value
     "output_dir": ("model", "Folder for the model, its checkpoints, card and report.", "FOLDER"),
-    "num_train_epochs": (5.0, "Passes over the training images; 0 only evaluates.", "N"),
-    "learning_rate": (None, "Peak rate of AdamW; None: 2e-5 * (images a step / 16) ** 0.5.", "RATE"),
-    "warmup_steps": (0.1, "Learning-rate warm-up: share of steps if below 1, else steps.", "N"),
-    "weight_decay": (0.01, "Decoupled weight decay of AdamW, but for biases and norms.", "RATE"),
-    "per_device_train_batch_size": (32, "Images a training step, on each device.", "N"),
+    "num_train_epochs": (None, "Passes over the training images; 0 only evaluates.", "N"),
+    "learning_rate": (None, "Peak rate of AdamW; None: the recipe's, tied to the images a step.", "RATE"),
+    "warmup_steps": (None, "Learning-rate warm-up: share of steps if below 1, else steps.", "N"),
+    "weight_decay": (None, "Decoupled weight decay of AdamW, but for biases and norms.", "RATE"),
+    "per_device_train_batch_size": (None, "Images a training step, on each device.", "N"),
     "per_device_eval_batch_size": (64, "Images an evaluation step, on each device.", "N"),
     "seed": (42, "Seed of the split, the new head and the order of the images.", "N"),
     "bf16": (None, "bfloat16 mixed precision; None: where it is fast.", "BOOL"),
@@ -391,6 +430,7 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it.")
     parser.error = lambda message: stop(message, HELP)
     parser.set_defaults(**{name: default for name, (default, _, _) in TRAINING.items()})
+    parser.set_defaults(**RECIPES["default"])
     for action in parser._actions:  # 120 inherited flags, and a second spelling of each, would bury ours
         action.option_strings = action.option_strings[:1]
         if action.dest in TRAINING and not action.option_strings[0].startswith("--no_"):
@@ -405,7 +445,8 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
     for name in UNFIT:  # now: TrainingArguments would act on a DeepSpeed file, for the whole process
         if (getattr(given, name) or None) != (parser.get_default(name) or None):
             stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
-    parser.set_defaults(**suit_hardware(given))
+    recipe = RECIPES[given.recipe]
+    parser.set_defaults(**recipe | suit_hardware(given) | {"learning_rate": None})
     try:
         settings, training, _, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
@@ -426,7 +467,8 @@ def read_settings(arguments: list[str]) -> tuple[Settings, TrainingArguments]:
         stop("a token of the Hub stands where it would be written down", "give it with --hub_token")
     check_training(training)
     if training.learning_rate is None:  # the square root: Malladi et al. 2022, arXiv 2205.10287
-        training.learning_rate = float(f"{2e-5 * (images_a_step(training) / 16) ** 0.5:.3g}")
+        ratio = images_a_step(training) / recipe["per_device_train_batch_size"]
+        training.learning_rate = float(f"{recipe['learning_rate'] * ratio**0.5:.3g}")
     return settings, training
 
 
@@ -506,7 +548,7 @@ def check_settings(settings: Settings, output_dir: str) -> None:
         if not (HERE / "data" / name).is_file():
             stop(f"data/{name} is missing beside finetune_vit.py", f"fetch all of it: git clone {REPOSITORY}")
     sizes = settings.test_size, settings.validation_size
-    if not (min(sizes) > 0 and sum(sizes) < 1):  # so written, nan is refused as well
+    if not (sizes[0] > 0 and sizes[1] >= 0 and sum(sizes) < 1):  # so written, nan is refused as well
         stop(f"test_size and validation_size are {sizes}", "give shares above 0 that add up to less than 1")
     for name in ("data_url", "data_dir", "data_root", "model_name_or_path", "split_by", "external_dir"):
         value = getattr(settings, name)
@@ -540,6 +582,8 @@ def check_settings(settings: Settings, output_dir: str) -> None:
             stop(f"--predict {path} is not there", "give images, folders or archives")
     if settings.demo and not importlib.util.find_spec("gradio"):
         stop("--demo needs Gradio", "pip install gradio")
+    if not 0 < settings.layer_decay <= 1:
+        stop(f"--layer_decay is {settings.layer_decay}", "give a share above 0; 1 is none")
     if wrong := sorted(set(settings.augment.split(",")) - {"", *AUGMENTATIONS}):
         stop(f"--augment does not know {wrong[0]}", f"give any of {','.join(AUGMENTATIONS)}")
 
@@ -1370,6 +1414,7 @@ def split_images(
     """
     files, labels, names = images["file"][:], np.array(images["label"]), images.features["label"].names
     sizes = 1 - settings.test_size - settings.validation_size, settings.validation_size, settings.test_size
+    shares = {name: size for name, size in zip(SPLITS, sizes, strict=True) if size}
     total = np.bincount(labels, minlength=len(names))
     if min(total) < len(SPLITS):
         stop(f"too few readable images of {names[total.argmin()]}", "each class needs 3, one for each split")
@@ -1387,8 +1432,8 @@ def split_images(
         if fewest < len(SPLITS):
             remedy = "add other images, or decide yourself with --split_by FILE.csv"
             stop(f"too few groups of near-duplicates in {scarce}: each class needs 3", remedy)
-        split = np.array(SPLITS, dtype=object)[share_out(labels, kept_whole, sizes, seed)]
-    for name, size in zip(SPLITS, sizes, strict=True):
+        split = np.array([*shares], dtype=object)[share_out(labels, kept_whole, [*shares.values()], seed)]
+    for name, size in shares.items():
         counts = np.bincount(labels[split == name], minlength=len(names))
         absent = ", ".join(np.array(names)[counts == 0])
         if absent and (name == "train" or not counts.any()):
@@ -1397,12 +1442,16 @@ def split_images(
             log.warning("warning: no %s images of %s: no %s score counts them", name, absent, name)
         far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)
         if far.any() and settings.split_by == "near-duplicates":
-            shares = ", ".join(f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far))
-            log.warning("warning: groups are too large for %.0f%% in %s: %s", 100 * size, name, shares)
+            held = ", ".join(f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far))
+            log.warning("warning: groups are too large for %.0f%% in %s: %s", 100 * size, name, held)
     if not path.exists():
         table = {"file": files, "label": np.array(names)[labels], "split": split, "group": groups.to_numpy()}
         write_table(path, pd.DataFrame(table)[split != ""])
-    return datasets.DatasetDict({name: images.select(np.flatnonzero(split == name)) for name in SPLITS})
+    rows = {name: np.flatnonzero(split == name) for name in SPLITS}
+    if not len(rows["validation"]):
+        log.warning("warning: the test images choose the epoch and the temperature, which flatters the score")
+        rows["validation"] = rows["test"]
+    return datasets.DatasetDict({name: images.select(rows[name]) for name in SPLITS})
 
 
 def units(groups: pd.Series, settings: Settings) -> np.ndarray:
@@ -1764,25 +1813,31 @@ def build_trainer(
     model: ViTForImageClassification,
     splits: DatasetDict,
     processor: ViTImageProcessor,
+    settings: Settings,
     training: TrainingArguments,
 ) -> Trainer:
     # The Trainer reads a checkpoint by the model's own names, but save_pretrained writes those of older
     # releases: resuming and restoring the best epoch would skip most weights (transformers issue 43701).
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     transformers.logging.set_verbosity_warning()  # from here on its warnings matter
-    if training.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        model.set_attn_implementation("eager")  # plain matrix products are what AMX is fast at
     inputs = splits.select_columns(["pixel_values", "label"])
+    model.base_model.requires_grad_(not settings.freeze_backbone)
     trainer = transformers.Trainer(
         model=model,
         args=training,
         train_dataset=inputs["train"],
         eval_dataset=inputs["validation"],
         data_collator=functools.partial(collate, shape=pixel_shape(processor)),
+        compute_loss_func=weighted_loss(inputs["train"], training.label_smoothing_factor)
+        if settings.class_weights
+        else None,
         compute_metrics=compute_metrics,
         processing_class=processor,
         callbacks=[epoch_log()],
     )
+    kind, options = trainer.get_optimizer_cls_and_kwargs(training, model)
+    options["params"] = layer_groups(trainer, settings.layer_decay)
+    trainer.optimizer_cls_and_kwargs = kind, options
     if training.world_size == 1:  # of several processes none may do anything twice
         trainer._save_checkpoint = functools.partial(patiently, trainer._save_checkpoint)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -1792,7 +1847,65 @@ def build_trainer(
     return trainer
 
 
-def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
+def layer_groups(trainer: Trainer, decay: float) -> list[dict]:
+    """Return the parameters that learn as groups for AdamW: rate * decay ** (layers above), weight decay.
+
+    Layer-wise learning-rate decay as in BEiT (Bao et al. 2022, arXiv 2106.08254): the head learns at the full
+    rate, the embeddings at the lowest. Biases and norms have no weight decay.
+    """
+    args, model, groups, depth = trainer.args, trainer.model, {}, 0
+    decayed = set(trainer.get_decay_parameter_names(model))
+    count = model.config.num_hidden_layers
+    (blocks,) = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+    layer = {weights: number for number, block in enumerate(blocks, 1) for weights in block.parameters()}
+    for name, weights in model.named_parameters():  # in order: embeddings, blocks, what stands above them
+        depth = layer.get(weights, count + 1 if depth else 0)
+        rate = args.learning_rate * decay ** (count + 1 - depth)
+        group = {"params": [], "lr": rate, "weight_decay": args.weight_decay * (name in decayed)}
+        if weights.requires_grad:
+            groups.setdefault((depth, name in decayed), group)["params"].append(weights)
+    return list(groups.values())
+
+
+def weighted_loss(images: Dataset, smoothing: float) -> Callable:
+    """Return the cross-entropy for the Trainer, each image times n / (classes * images of its class)."""
+    counts = torch.bincount(torch.tensor(images["label"][:]), minlength=images.features["label"].num_classes)
+    weights = len(images) / len(counts) / counts
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        losses = F.cross_entropy(outputs.logits, labels, reduction="none", label_smoothing=smoothing)
+        return (losses * weights.to(losses.device)[labels]).sum() / (num_items_in_batch or len(labels))
+
+    return loss
+
+
+def fit_head(trainer: Trainer, settings: Settings) -> None:
+    """Fit the head to the pretrained class tokens of the training images by logistic regression.
+
+    Linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054. A drawn head would first pull the
+    features towards its own noise.
+    """
+    model, inputs = trainer.model.eval(), []
+    hook = model.classifier.register_forward_pre_hook(lambda module, args: inputs.append(args[0].float()))
+    gathered = []
+    with hook, torch.inference_mode(), trainer.accelerator.autocast():
+        for rows in tqdm(trainer.get_eval_dataloader(trainer.train_dataset), desc="linear probe"):
+            model(pixel_values=rows["pixel_values"])
+            gathered.append(trainer.accelerator.gather_for_metrics((inputs.pop(), rows["labels"])))
+    tokens, labels = (torch.cat(parts).cpu().double().numpy() for parts in zip(*gathered, strict=True))
+    mean, std = tokens.mean(0), tokens.std(0) + 1e-6
+    kind = "balanced" if settings.class_weights else None
+    probe = linear_model.LogisticRegression(C=0.1, max_iter=1000, class_weight=kind)
+    probe.fit((tokens - mean) / std, labels)
+    weight, bias = probe.coef_ / std, probe.intercept_ - probe.coef_ @ (mean / std)
+    if len(weight) == 1:  # two classes share one row
+        weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.from_numpy(weight))
+        model.classifier.bias.copy_(torch.from_numpy(bias))
+
+
+def fine_tune(trainer: Trainer, settings: Settings, training: TrainingArguments) -> None:
     """Train, go on, or find the finished model; leave the best epoch in `trainer.model` and on disk."""
     output_dir = Path(training.output_dir)
     if (output_dir / "model.safetensors").exists():
@@ -1802,6 +1915,8 @@ def fine_tune(trainer: Trainer, training: TrainingArguments) -> None:
     if training.num_train_epochs > 0:
         with training.main_process_first(local=False):
             last = find_checkpoint(training)
+        if settings.linear_probe and not last:
+            fit_head(trainer, settings)
         train(trainer, training, last)
         calibrate(trainer)
     else:
@@ -1892,8 +2007,8 @@ def save_model(model: ViTForImageClassification, processor: ViTImageProcessor, f
 
 
 if TRAIN:
-    trainer = build_trainer(model, splits, processor, training)
-    fine_tune(trainer, training)
+    trainer = build_trainer(model, splits, processor, settings, training)
+    fine_tune(trainer, settings, training)
 
 # %% [markdown]
 # ## 8 · Evaluate
@@ -2147,8 +2262,8 @@ def cross_validate(
             model = load_model(
                 settings.model_name_or_path, class_names, processor, training.seed, settings.augment
             )
-            trainer = build_trainer(model, parts, processor, options)
-            fine_tune(trainer, options)
+            trainer = build_trainer(model, parts, processor, settings, options)
+            fine_tune(trainer, settings, options)
             table = predict(trainer, parts, ("test",), kept)
         done = [file for file in folder.iterdir() if file != kept and not file.name.startswith(".part")]
         for file in done if MAIN else ():  # what another process is writing is its own to remove
@@ -2377,8 +2492,8 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
 
 def command_of(settings: dict) -> str:
     """Return the command line that makes the same model: the settings that are not the defaults."""
-    usual, words = read_settings([]), ["python", "finetune_vit.py"]
-    usual = dataclasses.asdict(usual[0]) | usual[1].to_dict()
+    usual, words = read_settings(["--recipe", settings["recipe"]]), ["python", "finetune_vit.py"]
+    usual = dataclasses.asdict(usual[0]) | usual[1].to_dict() | {"recipe": "default"}
     for key, value in settings.items():
         if key.startswith(("push", "hub_", "disable_tqdm")):  # taken now; what logging decides
             continue

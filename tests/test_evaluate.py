@@ -263,7 +263,8 @@ def measured(tmp_path, tiny_vit):
     flags = ["--data_dir", str(tiny_vit), "--output_dir", str(tmp_path / "model"), "--report_to", "none"]
     settings, training = read_settings([*flags, "--bf16", "false"])
     model = load_model(str(tiny_vit), ["a", "b", "c"], processor, 0)
-    return build_trainer(model, splits, processor, training), splits, pd.Series(np.arange(12) // 2, files)
+    trainer = build_trainer(model, splits, processor, settings, training)
+    return trainer, splits, pd.Series(np.arange(12) // 2, files)
 
 
 def test_shortcuts_are_painted_black_and_nothing_else(measured):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -10,19 +11,32 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import TrainerCallback, ViTForImageClassification, ViTImageProcessor
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 import finetune_vit
 from finetune_vit import (
     build_trainer,
     fine_tune,
+    fit_head,
     fit_temperature,
     keep_readable,
+    layer_groups,
     load_images,
     load_model,
     prepare_pixels,
     read_settings,
     split_images,
+    weighted_loss,
 )
 
 
@@ -42,7 +56,7 @@ def start(tmp_path, make_images, tiny_vit):
         groups = pd.Series(range(len(images)), images["file"][:])
         splits = split_images(images, groups, settings, training.seed, tmp_path / name / "split.csv")
         model = load_model(str(tiny_vit), ["blue", "green", "red"], processor, training.seed)
-        return build_trainer(model, splits, processor, training), training
+        return build_trainer(model, splits, processor, settings, training), settings, training
 
     return build
 
@@ -61,8 +75,8 @@ def uncalibrated(folder):
 
 
 def test_training_learns_and_leaves_a_whole_model(tmp_path, start, capsys):
-    trainer, training = start("model")
-    fine_tune(trainer, training)
+    trainer, settings, training = start("model")
+    fine_tune(trainer, settings, training)
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "trainer_state.json"} <= names
     assert "all_results.json" in names
@@ -77,8 +91,8 @@ def test_training_learns_and_leaves_a_whole_model(tmp_path, start, capsys):
 
 def test_without_validation_the_last_epoch_counts(tmp_path, start, capsys):
     flags = "--eval_strategy no --load_best_model_at_end false --num_train_epochs 2".split()
-    trainer, training = start("model", *flags)
-    fine_tune(trainer, training)
+    trainer, settings, training = start("model", *flags)
+    fine_tune(trainer, settings, training)
     last, saved = weights(tmp_path / "model" / "checkpoint-6"), uncalibrated(tmp_path / "model")
     assert all(torch.allclose(saved[name], last[name], rtol=1e-6) for name in saved)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
@@ -87,8 +101,9 @@ def test_without_validation_the_last_epoch_counts(tmp_path, start, capsys):
 
 def test_the_best_epoch_is_restored(tmp_path, start):
     # the highest loss is the first epoch's: so the best epoch is not the last, which is there anyway
-    trainer, training = start("model", "--metric_for_best_model", "loss", "--greater_is_better", "true")
-    fine_tune(trainer, training)
+    highest = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    trainer, settings, training = start("model", *highest)
+    fine_tune(trainer, settings, training)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
     last, best = (weights(tmp_path / "model" / name) for name in ("checkpoint-12", "checkpoint-3"))
     saved, whole = uncalibrated(tmp_path / "model"), weights(tmp_path / "model")
@@ -98,7 +113,7 @@ def test_the_best_epoch_is_restored(tmp_path, start):
 
 
 def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch):
-    trainer, training = start("model", "--gradient_accumulation_steps", "2")
+    trainer, settings, training = start("model", "--gradient_accumulation_steps", "2")
 
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -108,7 +123,7 @@ def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch):
         "CUDA out of memory; --per_device_train_batch_size 8 --gradient_accumulation_steps 4 need half of it"
     )
     with pytest.raises(SystemExit, match=f"error: {line} and train the same"):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
 
 
 def log_loss(logits, labels):
@@ -116,8 +131,9 @@ def log_loss(logits, labels):
 
 
 def test_the_head_is_calibrated_on_the_validation_images(tmp_path, start):
-    trainer, training = start("model", "--metric_for_best_model", "loss", "--greater_is_better", "true")
-    fine_tune(trainer, training)
+    highest = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    trainer, settings, training = start("model", *highest)
+    fine_tune(trainer, settings, training)
     outputs = trainer.predict(trainer.eval_dataset)
     temperature = json.loads((tmp_path / "model" / "config.json").read_text())["calibration_temperature"]
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
@@ -154,14 +170,14 @@ class StopAt(TrainerCallback):
 
 def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(tmp_path, start, caplog):
     fine_tune(*start("whole"))
-    trainer, training = start("cut")
+    trainer, settings, training = start("cut")
     trainer.add_callback(StopAt(8))  # 3 steps an epoch
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     with caplog.at_level("INFO", "finetune_vit"):
-        trainer, training = start("cut")
-        fine_tune(trainer, training)
+        trainer, settings, training = start("cut")
+        fine_tune(trainer, settings, training)
     assert "checkpoint-6" in caplog.text
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -169,21 +185,115 @@ def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(tmp_path, star
     assert len(speeds) == 4
 
 
+def test_rates_fall_layer_by_layer_and_no_weight_is_forgotten(tmp_path):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32,
+        patch_size=8, num_labels=3,
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    args = TrainingArguments(str(tmp_path), learning_rate=1.0, weight_decay=0.1, report_to="none")
+    groups = layer_groups(Trainer(model, args), 0.5)
+    of = {id(weights): group for group in groups for weights in group["params"]}
+    assert len(of) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, weights in model.named_parameters():
+        number = re.search(r"\.(\d)\.", name)
+        below_the_head = 3 - int(number[1]) if number else 4 if "embeddings" in name else 0
+        assert of[id(weights)]["lr"] == 0.5**below_the_head, name
+        plain = "norm" in name or name.endswith("bias")
+        assert of[id(weights)]["weight_decay"] == (0 if plain else 0.1), name
+
+
+def test_layer_decay_holds_through_the_schedule(start):
+    trainer, *_ = start("model", "--layer_decay", "0.5", "--learning_rate", "1e-3", "--warmup_steps", "0")
+    trainer.create_optimizer_and_scheduler(num_training_steps=12)
+    expected = np.array([1e-3, 5e-4, 2.5e-4])  # head, the one layer, embeddings
+    for step in range(12):
+        rates = sorted({group["lr"] for group in trainer.optimizer.param_groups}, reverse=True)
+        assert rates == pytest.approx(expected * (1 + np.cos(np.pi * step / 12)) / 2)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_linear_probe_is_the_logistic_regression_on_the_class_tokens(start, classes):
+    trainer, settings, _ = start("model", "--linear_probe")
+    if classes == 2:
+        for name in ("train_dataset", "eval_dataset"):
+            part = getattr(trainer, name)
+            setattr(trainer, name, part.select(np.flatnonzero(np.array(part["label"]) < 2)))
+        trainer.model.classifier, trainer.model.config.num_labels = torch.nn.Linear(16, 2), 2
+    fit_head(trainer, settings)
+    model, data = trainer.model.eval(), trainer.train_dataset
+    tokens = []
+    with model.classifier.register_forward_pre_hook(lambda module, args: tokens.append(args[0])):
+        outputs = trainer.predict(data)
+    tokens, labels = torch.cat(tokens).numpy(), np.array(data["label"])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(tokens, labels)
+    ours = torch.tensor(outputs.predictions).softmax(-1).numpy()
+    assert ours == pytest.approx(probe.predict_proba(tokens), abs=1e-3)
+    assert (ours.argmax(1) == labels).mean() > 0.8
+
+
+def test_a_run_with_a_linear_probe_goes_on_to_the_bit_and_fits_it_once(tmp_path, start, caplog):
+    flags = ["--linear_probe", "--layer_decay", "0.7", "--augment", "flip,turn"]
+    fine_tune(*start("whole", *flags))
+    trainer, settings, training = start("cut", *flags)
+    trainer.add_callback(StopAt(8))
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(trainer, settings, training)
+    caplog.clear()
+    with caplog.at_level("INFO", "finetune_vit"):
+        fine_tune(*start("cut", *flags))
+    assert "checkpoint-6" in caplog.text and "linear probe" not in caplog.text
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_the_head_learns(tmp_path, start):
+    trainer, settings, training = start("model", "--freeze_backbone", "--layer_decay", "0.5")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    fine_tune(trainer, settings, training)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]) is not name.startswith("classifier."), name
+
+
+def test_class_weights_count_classes_alike_and_batches_by_their_images(start):
+    trainer, *_ = start("model", "--class_weights")
+    images = trainer.train_dataset.select([0, 1, 2, 3, 14, 15, 28])  # 4, 2 and 1 of the classes
+    assert np.bincount(images["label"]).tolist() == [4, 2, 1]
+    loss, logits = weighted_loss(images, 0.0), torch.randn(7, 3)
+    labels = torch.tensor(images["label"][:])
+    weights = torch.tensor([7 / 12, 7 / 6, 7 / 3])
+    expected = torch.nn.functional.cross_entropy(logits, labels, weights, reduction="none")
+    assert weights[labels].mean().item() == pytest.approx(1)
+    assert loss(SimpleNamespace(logits=logits), labels).item() == pytest.approx(expected.mean().item())
+    halves = [loss(SimpleNamespace(logits=logits[rows]), labels[rows], 7) for rows in (slice(3), slice(3, 7))]
+    assert sum(halves).item() == pytest.approx(expected.mean().item())
+
+
+def test_class_weights_train_the_same_in_halves(tmp_path, start):
+    same = ["--class_weights", "--num_train_epochs", "1", "--max_grad_norm", "0", "--optim", "sgd"]
+    fine_tune(*start("one", *same, "--per_device_train_batch_size", "14"))
+    halves = ["--per_device_train_batch_size", "7", "--gradient_accumulation_steps", "2"]
+    fine_tune(*start("halves", *same, *halves))
+    one, other = uncalibrated(tmp_path / "one"), uncalibrated(tmp_path / "halves")
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
 def test_a_finished_model_is_not_trained_again(tmp_path, start, monkeypatch):
     fine_tune(*start("model"))
     before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
-    trainer, training = start("model")
+    trainer, settings, training = start("model")
     monkeypatch.setattr(trainer, "train", None)
-    fine_tune(trainer, training)
+    fine_tune(trainer, settings, training)
     assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 4
 
 
 def test_zero_epochs_save_the_model_as_it_is(tmp_path, start, monkeypatch):
-    trainer, training = start("model", "--num_train_epochs", "0")
+    trainer, settings, training = start("model", "--num_train_epochs", "0")
     expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     monkeypatch.setattr(trainer, "train", None)
-    fine_tune(trainer, training)
+    fine_tune(trainer, settings, training)
     saved = weights(tmp_path / "model")
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
     assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["log_history"] == []
@@ -192,23 +302,23 @@ def test_zero_epochs_save_the_model_as_it_is(tmp_path, start, monkeypatch):
 @pytest.mark.parametrize("logging", ["epoch", "no"])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, start, logging):
     flags = f"--learning_rate 1e6 --max_grad_norm 0 --warmup_steps 0 --logging_strategy {logging}".split()
-    trainer, training = start("model", *flags)
+    trainer, settings, training = start("model", *flags)
     with pytest.raises(SystemExit, match="the loss is (nan|inf) at step .*; lower --learning_rate"):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_a_model_that_could_not_be_saved_whole_is_not_there(tmp_path, start, monkeypatch):
-    trainer, training = start("model", "--num_train_epochs", "0")
+    trainer, settings, training = start("model", "--num_train_epochs", "0")
 
     def fail(*args):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(finetune_vit.os, "replace", fail)
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
     assert not (tmp_path / "model" / "model.safetensors").exists()
-    fine_tune(trainer, training)
+    fine_tune(trainer, settings, training)
     assert len(weights(tmp_path / "model")) == len(trainer.model.state_dict())
 
 
@@ -245,11 +355,11 @@ class SignalAt(TrainerCallback):
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(tmp_path, start, caplog, kind, step):
     caplog.set_level("INFO", "finetune_vit")
     fine_tune(*start("whole"))
-    trainer, training = start("cut")
+    trainer, settings, training = start("cut")
     trainer.add_callback(SignalAt(step, kind))
     handler = signal.getsignal(kind)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
     assert signal.getsignal(kind) is handler and f"saved checkpoint-{step}" in caplog.text
     assert (tmp_path / "cut" / f"checkpoint-{step}" / "files.json").exists()
     fine_tune(*start("cut"))
@@ -292,10 +402,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
     damage, reason = DAMAGES[name]
     caplog.set_level("INFO", "finetune_vit")
     fine_tune(*start("whole"))
-    trainer, training = start("cut", "--save_total_limit", "3")
+    trainer, settings, training = start("cut", "--save_total_limit", "3")
     trainer.add_callback(StopAt(11))
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
     damage(tmp_path / "cut" / "checkpoint-9")
     content = {path.name: path.read_bytes() for path in (tmp_path / "cut" / "checkpoint-9").iterdir()}
     fine_tune(*start("cut", "--save_total_limit", "3"))
@@ -310,10 +420,10 @@ def test_without_the_best_checkpoint_the_run_does_not_end_with_another_one(tmp_p
     """The Trainer would only warn, and end with the last epoch's weights."""
     flags = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # the first epoch is the best
     fine_tune(*start("whole", *flags))
-    trainer, training = start("cut", *flags)
+    trainer, settings, training = start("cut", *flags)
     trainer.add_callback(StopAt(11))
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
     assert {path.name for path in (tmp_path / "cut").glob("*-*")} == {"checkpoint-3", "checkpoint-9"}
     cut_file(tmp_path / "cut" / "checkpoint-3")
     with caplog.at_level("INFO", "finetune_vit"):
@@ -325,10 +435,10 @@ def test_without_the_best_checkpoint_the_run_does_not_end_with_another_one(tmp_p
 def test_a_moved_run_folder_keeps_its_best_epoch(tmp_path, start):
     flags = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]
     fine_tune(*start("whole", *flags))
-    trainer, training = start("before", *flags)
+    trainer, settings, training = start("before", *flags)
     trainer.add_callback(StopAt(11))
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)
     (tmp_path / "before").rename(tmp_path / "after")
     fine_tune(*start("after", *flags))
     assert same_weights(tmp_path / "whole", tmp_path / "after")
@@ -340,9 +450,9 @@ def test_a_clock_that_goes_backwards_deletes_no_new_checkpoint(tmp_path, start):
             stamp = 2_000_000_000 - 1000 * state.global_step
             os.utime(tmp_path / "model" / f"checkpoint-{state.global_step}", (stamp, stamp))
 
-    trainer, training = start("model")
+    trainer, settings, training = start("model")
     trainer.add_callback(BackInTime())
-    fine_tune(trainer, training)
+    fine_tune(trainer, settings, training)
     kept = {path.name for path in (tmp_path / "model").glob("checkpoint-*")}
     best = f"checkpoint-{trainer.state.best_global_step}"
     assert kept == {"checkpoint-12", best} or (best == "checkpoint-12" and kept == {best, "checkpoint-9"})
@@ -351,7 +461,7 @@ def test_a_clock_that_goes_backwards_deletes_no_new_checkpoint(tmp_path, start):
 
 def test_a_drive_that_fails_while_a_checkpoint_is_written_is_waited_for(tmp_path, start, monkeypatch):
     fine_tune(*start("whole"))
-    trainer, training = start("model")
+    trainer, settings, training = start("model")
     save, failures, waits = torch.save, iter([1, 0, 1, 1] + [0] * 99), []
 
     def fail_at_times(*args, **kwargs):
@@ -361,7 +471,7 @@ def test_a_drive_that_fails_while_a_checkpoint_is_written_is_waited_for(tmp_path
 
     monkeypatch.setattr(torch, "save", fail_at_times)
     monkeypatch.setattr(finetune_vit.time, "sleep", waits.append)
-    fine_tune(trainer, training)
+    fine_tune(trainer, settings, training)
     assert waits == [1, 1, 2] or waits == [1, 2, 4]
     assert same_weights(tmp_path / "whole", tmp_path / "model")
 
@@ -376,8 +486,8 @@ def test_a_checkpoint_that_was_asked_for_must_be_whole(tmp_path, start):
 
 
 def test_a_disk_without_room_for_checkpoints_is_noticed_before_training(start, monkeypatch):
-    trainer, training = start("model")
+    trainer, settings, training = start("model")
     monkeypatch.setattr(finetune_vit.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     monkeypatch.setattr(trainer, "train", None)
     with pytest.raises(SystemExit, match="has 0 MB free, but"):
-        fine_tune(trainer, training)
+        fine_tune(trainer, settings, training)

@@ -160,6 +160,22 @@ def test_own_images_in_a_folder(tmp_path, make_images, tiny_vit):
     assert not (ROOT / "model").exists()
 
 
+def test_recipe_of_the_tutorial_lets_the_test_images_choose_and_the_card_says_so(
+    tmp_path, make_images, tiny_vit
+):
+    flags = ["--data_dir", make_images(count=20), "--model_name_or_path", tiny_vit, "--recipe", "tutorial"]
+    flags += ["--data_root", tmp_path / "data", "--output_dir", tmp_path / "model", "--learning_rate", "5e-3"]
+    done = run_script(*flags, "--warmup_steps", "0", "--report_to", "none")
+    assert done.returncode == 0, done.stderr
+    assert "the test images choose the epoch and the temperature" in done.stdout
+    metrics = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())
+    assert metrics["validation"] == metrics["test"] and metrics["split"]["train"] == 51
+    assert metrics["settings"]["recipe"] == "tutorial" and metrics["settings"]["warmup_steps"] == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "The results are optimistic: the test images\nchose the epoch" in card
+    assert "--recipe=tutorial" in card and "--split_by" not in card  # a part of the recipe
+
+
 def test_cross_validation_and_images_from_elsewhere(tmp_path, make_images, tiny_vit):
     """Added to a finished run; a fold that is done is not trained again; every image is tested once."""
     images = make_images(count=12)

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, run_script
 
 import finetune_vit
-from finetune_vit import TRAINING, Settings, choose_precision, images_a_step, read_settings
+from finetune_vit import RECIPES, TRAINING, Settings, choose_precision, images_a_step, read_settings
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_defaults_are_the_tutorials_job():
         0.15,
         "near-duplicates",
     )
-    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 32)
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 16)
     assert training.output_dir == "model" and training.load_best_model_at_end
 
 
@@ -44,6 +44,30 @@ def test_yaml_is_read_first_and_flags_win(tmp_path, folder):
     assert training.learning_rate == 1e-4 and training.seed == 8
     assert training.load_best_model_at_end is False and training.bf16 is False
     assert settings.data_root == "data"
+
+
+def test_recipe_of_the_tutorial_is_what_it_did(folder):
+    settings, training = read_settings([*folder, "--recipe", "tutorial"])
+    assert (settings.split_by, settings.test_size, settings.validation_size) == ("random", 0.15, 0)
+    assert (settings.linear_probe, settings.layer_decay, settings.augment) == (False, 1, "")
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 16)
+    assert (training.learning_rate, training.warmup_steps, training.weight_decay) == (2e-5, 500, 0.01)
+    assert training.lr_scheduler_type == "linear" and training.optim.startswith("adamw")
+    assert training.metric_for_best_model == "accuracy" and training.load_best_model_at_end
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_name_every_value_and_any_of_them_can_be_overridden(tmp_path, folder, recipe):
+    assert RECIPES[recipe].keys() >= RECIPES["default"].keys()  # or those of another one would shine through
+    settings, training = read_settings([*folder, "--recipe", recipe])
+    for name, value in RECIPES[recipe].items():
+        assert getattr(settings if hasattr(settings, name) else training, name) == value, name
+    (tmp_path / "run.yaml").write_text(f"recipe: {recipe}\nlayer_decay: 0.9\nlinear_probe: false\n")
+    flags = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "3e-5", "--augment", "crop"]
+    settings, training = read_settings([*folder, *flags])
+    assert (settings.recipe, settings.layer_decay, settings.linear_probe) == (recipe, 0.9, False)
+    assert (settings.augment, training.learning_rate) == ("crop", 3e-5)
+    assert training.num_train_epochs == RECIPES[recipe]["num_train_epochs"]
 
 
 def test_any_training_argument_is_a_setting(folder):
@@ -66,10 +90,17 @@ BAD = [
     (["--prediction_loss_only"], "prediction_loss_only would change"),
     (["--label_names", "foo"], "label_names would change"),
     (["--test_size", "0"], "test_size"),
+    (["--validation_size", "nan"], "validation_size"),
     (["--test_size", "0.6", "--validation_size", "0.5"], "less than 1"),
     (["--validation_size", "-0.1"], "validation_size"),
     (["--data_dir", "no/such/folder"], "no/such/folder is not a folder"),
     (["--augment", "flip,rotate"], "--augment does not know rotate; give any of flip,turn,crop,colour"),
+    (["--recipe", "fastest"], "recipe: invalid choice: 'fastest'.*default"),
+    (["--recipe"], "recipe.*expected one argument"),
+    (["--layer_decay", "0"], "--layer_decay is 0.0; give a share above 0"),
+    (["--layer_decay", "1.5"], "--layer_decay is 1.5"),
+    (["--layer_decay", "nan"], "--layer_decay is nan"),
+    (["--linear_probe", "maybe"], "linear_probe.*maybe"),
     (["--split_by", "no.csv"], "no.csv is not a file; give near-duplicates, random"),
     (["--cross_validate", "2"], "cross_validate is 2; give 3 or more"),
     (["--cross_validate", "-5"], "cross_validate is -5"),
@@ -296,9 +327,11 @@ def test_precision_follows_the_hardware(monkeypatch, device_type, capability, am
 @pytest.mark.parametrize(
     "flags, images, rate",
     [
-        ([], 32, 2.83e-5),
-        (["--per_device_train_batch_size", "16"], 16, 2e-5),
-        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 4e-5),
+        ([], 16, 1e-4),
+        (["--per_device_train_batch_size", "32"], 32, 1.41e-4),
+        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 2e-4),
+        (["--recipe", "tutorial"], 16, 2e-5),
+        (["--recipe", "tutorial", "--per_device_train_batch_size", "64"], 64, 4e-5),
         (["--per_device_train_batch_size", "64", "--learning_rate", "1e-4"], 64, 1e-4),
     ],
 )

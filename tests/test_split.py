@@ -259,6 +259,17 @@ def test_split_csv_records_every_image_and_is_taken_again(images, tmp_path):
         assert all(again[name]["file"][:] == splits[name]["file"][:] for name in SPLITS)
 
 
+def test_without_validation_images_the_test_images_choose_and_that_is_said(images, tmp_path, caplog):
+    settings, path = Settings(split_by="random", validation_size=0.0), tmp_path / "split.csv"
+    for seed in (42, 7):  # the second time it is read again
+        splits = split_images(images, alone(images), settings, seed, path)
+        assert splits.num_rows == {"train": 295, "validation": 52, "test": 52}
+        assert splits["validation"]["file"][:] == splits["test"]["file"][:]
+        assert not set(splits["train"]["file"]) & set(splits["test"]["file"])
+    assert caplog.text.count("the test images choose the epoch") == 2
+    assert pd.read_csv(path)["split"].value_counts().to_dict() == {"train": 295, "test": 52}
+
+
 def test_csv_file_decides(images, tmp_path, caplog):
     files = images["file"][:]
     chosen = ["train", "validation", "test"] * 115  # the last two images are not named

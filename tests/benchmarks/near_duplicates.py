@@ -71,7 +71,8 @@ def probe(tokens: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[st
 def main() -> None:
     temporary = tempfile.TemporaryDirectory()
     settings, _ = script.read_settings([*sys.argv[1:], "--output_dir", temporary.name])
-    folder, cache = script.locate_images(settings), Path(settings.data_root) / "cache"
+    folder, _ = script.locate_images(settings, Path(settings.data_root))
+    cache = Path(settings.data_root) / "cache"
     images = script.load_images(folder)
     processor = ViTImageProcessor.from_pretrained(settings.model_name_or_path)
     images = script.keep_readable(script.prepare_pixels(images, folder, processor, cache))

@@ -360,14 +360,14 @@ def measure_start_up(work: Path, repeats: int) -> None:
 
 def build(checkpoint: str, pixels, processor, options: list[str]) -> transformers.Trainer:
     """Return the script's own Trainer; both splits are whole batches of `pixels`, repeated if need be."""
-    _, training = script.read_settings(options)
+    settings, training = script.read_settings(options)
     splits = {}
     for name, batch in (("train", training.train_batch_size), ("validation", training.eval_batch_size)):
         count = max(1, min(len(pixels), 256) // batch) * batch
         splits[name] = pixels.select(np.arange(count) % len(pixels))
     names = pixels.features["label"].names
     model = script.load_model(checkpoint, names, processor, 0)
-    return script.build_trainer(model, datasets.DatasetDict(splits), processor, training)
+    return script.build_trainer(model, datasets.DatasetDict(splits), processor, settings, training)
 
 
 def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
@@ -393,6 +393,7 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
         trainer.model,
         datasets.DatasetDict(train=larger, validation=larger),
         processor_of_larger,
+        script.Settings(),
         trainer.args,
     )
     measure_iteration(slow, images, folder, processor, trainer, wide, options.repeats)

@@ -1,0 +1,83 @@
+"""The benchmark of recipes: its divisions are fair, its numbers right, its runs are not done twice."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from sklearn.metrics import f1_score
+
+spec = importlib.util.spec_from_file_location("recipe", ROOT / "tests" / "benchmarks" / "recipe.py")
+recipe = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
+
+
+@pytest.mark.parametrize("protocol, parts", [("groups", 3), ("scenes", 3), ("few", 1), ("uneven", 1)])
+def test_no_group_teaches_and_tests(protocol, parts):
+    random = np.random.default_rng(0)
+    groups = random.integers(0, 300, 900)
+    labels = groups % 4
+    labels[:60] = random.integers(0, 4, 60)  # scenes with two labels
+    tests = []
+    for seed in (0, 1):
+        found = list(recipe.divisions(protocol, labels, groups, seed))
+        assert len(found) == parts
+        for taught, tested in found:
+            assert not set(groups[taught]) & set(groups[tested])
+            assert set(labels[tested]) == {0, 1, 2, 3}
+            tests.append(tested.tolist())
+        if protocol in ("few", "uneven"):
+            counts = np.bincount(labels[taught])
+            assert sorted(counts)[:3] == [20, 20, 20]
+            assert bool(counts.max() > 100) is (protocol == "uneven")
+        else:
+            assert sorted(sum(tests[-3:], [])) == list(range(900))
+    assert tests[0] != tests[parts]  # another seed, another division
+
+
+def test_macro_f1_counts_images_as_often_as_they_are_drawn():
+    random = np.random.default_rng(0)
+    labels, guesses = random.integers(0, 3, (2, 50))
+    weights = random.integers(0, 3, (4, 50))
+    scores = recipe.macro_f1(labels, guesses, weights, 3)
+    for score, times in zip(scores, weights, strict=True):
+        drawn = np.repeat(np.arange(50), times)
+        assert score == pytest.approx(f1_score(labels[drawn], guesses[drawn], average="macro"))
+
+
+def test_difference_is_paired_and_relative_to_the_tutorial():
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 200)
+    groups = np.arange(400) // 4
+    logits = np.eye(2)[labels] * 2.0
+    some, half = random.permutation(400)[:80], slice(0, 400, 2)
+    worse = logits.copy()
+    worse[some] = worse[some, ::-1]
+    better = worse.copy()
+    better[half] = logits[half]
+    rows = np.arange(400)
+    results = {name: {0: [(rows, values, 1.0)]} for name, values in
+               (("better", better), ("tutorial", worse), ("same", worse))}  # fmt: skip
+    table = recipe.summarise(results, labels, groups)
+    assert table["accuracy"].to_dict()["tutorial"] == 0.8
+    fixed = np.isin(some, rows[half]).mean()
+    assert table["relative"]["better"] == pytest.approx(-fixed, abs=0.02)
+    assert table["relative low"]["better"] < -fixed < table["relative high"]["better"] < 0
+    assert table.loc["same", ["difference", "difference low", "difference high"]].tolist() == [0, 0, 0]
+
+
+def test_runs_are_kept_and_not_done_again(tmp_path, make_images, tiny_vit):
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / "recipe.py", "--protocol", "groups"]
+    command += ["--results", tmp_path / "results", "--runs", "tutorial", "default, mixup 0.2"]
+    command += ["--", "--data_dir", make_images(count=9), "--model_name_or_path", tiny_vit]
+    command += ["--data_root", tmp_path / "data", "--num_train_epochs", "1"]
+    first, again = (
+        subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True) for _ in range(2)
+    )
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    assert len(re.findall("groups_.*: accuracy", first.stdout)) == 6
+    assert len(list((tmp_path / "results").glob("groups_*.npz"))) == 6
+    assert "groups_" not in again.stdout and re.search("\ntutorial +1.0", again.stdout)

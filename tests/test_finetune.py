@@ -11,9 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.linear_model import RidgeClassifierCV
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -214,24 +212,28 @@ def test_layer_decay_holds_through_the_schedule(start):
         trainer.lr_scheduler.step()
 
 
+@pytest.mark.parametrize("augment, axes", [("", None), ("flip", (3,)), ("flip,turn", (2, 3))])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_linear_probe_is_the_logistic_regression_on_the_class_tokens(start, classes):
-    trainer, settings, _ = start("model", "--linear_probe")
+def test_linear_probe_is_ridge_regression_on_the_class_tokens(start, classes, augment, axes):
+    trainer, settings, _ = start("model", "--linear_probe", "--augment", augment)
     if classes == 2:
-        for name in ("train_dataset", "eval_dataset"):
-            part = getattr(trainer, name)
-            setattr(trainer, name, part.select(np.flatnonzero(np.array(part["label"]) < 2)))
+        data = trainer.train_dataset
+        trainer.train_dataset = data.select(np.flatnonzero(np.array(data["label"]) < 2))
         trainer.model.classifier, trainer.model.config.num_labels = torch.nn.Linear(16, 2), 2
     fit_head(trainer, settings)
-    model, data = trainer.model.eval(), trainer.train_dataset
-    tokens = []
+    model, tokens = trainer.model.eval(), []
+    rows = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
     with model.classifier.register_forward_pre_hook(lambda module, args: tokens.append(args[0])):
-        outputs = trainer.predict(data)
-    tokens, labels = torch.cat(tokens).numpy(), np.array(data["label"])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(tokens, labels)
-    ours = torch.tensor(outputs.predictions).softmax(-1).numpy()
-    assert ours == pytest.approx(probe.predict_proba(tokens), abs=1e-3)
-    assert (ours.argmax(1) == labels).mean() > 0.8
+        for pixels in [rows["pixel_values"], *([rows["pixel_values"].flip(axes)] if axes else [])]:
+            with torch.no_grad():
+                logits = model(pixel_values=pixels).logits
+    tokens, labels = torch.cat(tokens).double().numpy(), np.tile(rows["labels"], len(tokens))
+    assert len(labels) == 14 * classes * (2 if axes else 1)  # all images, in each view
+    probe = RidgeClassifierCV(np.logspace(0, 4, 9), class_weight="balanced")
+    answers = probe.fit(tokens / tokens.std(), labels).decision_function(tokens / tokens.std())
+    answers = np.stack([-answers, answers], axis=1) if classes == 2 else answers
+    assert logits.numpy() == pytest.approx(answers[-len(logits) :] / 2, abs=1e-3)
+    assert (answers.argmax(1) == labels).mean() > 0.8
 
 
 def test_a_run_with_a_linear_probe_goes_on_to_the_bit_and_fits_it_once(tmp_path, start, caplog):

@@ -1620,10 +1620,10 @@ if TRAIN:
 
 # %% [markdown]
 # ## 7 · Fine-tune
-# The `Trainer` does the work, in the mixed precision that the hardware is fast at. After each epoch it
-# evaluates on the validation images and saves a checkpoint, from which a run that was cut off goes on. The
-# best epoch's weights end up where `transformers.pipeline("image-classification", output_dir)` finds them.
-# Ctrl-C saves a checkpoint, too. Each one lists its files' checksums: a damaged one is set aside.
+# The head starts from a linear probe, then the `Trainer` trains all layers, the lower ones more gently, in the
+# mixed precision that the hardware is fast at. After each epoch it evaluates on the validation images and saves
+# a checkpoint with checksums, from which a run that was cut off goes on; Ctrl-C saves one, too. The best
+# epoch's weights end up where `transformers.pipeline("image-classification", output_dir)` finds them.
 
 
 # %%

@@ -31,7 +31,6 @@ DEFAULT = {
 RECIPES = {  # by evidence: the table in the README
     "default": DEFAULT,
     "fast": DEFAULT | {"num_train_epochs": 1.0, "freeze_backbone": True},  # a fifth of the compute
-    "best": DEFAULT | {"num_train_epochs": 15.0},  # three times the compute
     "tutorial": {  # of the blog post from which this grew; split and choice of the epoch, too
         "num_train_epochs": 5.0,
         "per_device_train_batch_size": 16,
@@ -1620,10 +1619,10 @@ if TRAIN:
 
 # %% [markdown]
 # ## 7 · Fine-tune
-# The head starts from a linear probe, then the `Trainer` trains all layers, the lower ones more gently, in the
-# mixed precision that the hardware is fast at. After each epoch it evaluates on the validation images and saves
-# a checkpoint with checksums, from which a run that was cut off goes on; Ctrl-C saves one, too. The best
-# epoch's weights end up where `transformers.pipeline("image-classification", output_dir)` finds them.
+# The head starts from a linear probe, then the `Trainer` trains all layers, lower ones more gently, in the
+# mixed precision that the hardware is fast at. After each epoch it evaluates on the validation images and
+# saves a checkpoint with checksums, from which a run that was cut off goes on; Ctrl-C saves one, too. The
+# best epoch's weights end up where `transformers.pipeline("image-classification", output_dir)` finds them.
 
 
 # %%

@@ -8,10 +8,11 @@ groups   three folds of groups of near-duplicates as the script makes them
 scenes   three folds of strict scenes: connected components, cosine of the pretrained class tokens above 0.985
 few      20 training images a class, tested on all scenes that none of them is from
 uneven   the same, but of the most frequent class all images from two thirds of the scenes
+
 Each seed is another division and another training. There is no validation: the last epoch counts, for every
-run. What is done is kept in `--results` and not done again; without `--runs` it is only summed up. ECE is after
-a temperature that the other folds or draws fit. `difference` and `relative` compare 1 - macro F1 with that of
-the run `tutorial` on the same seeds: 95 % percentile bootstrap over the protocol's groups, 2,000 draws.
+run. What is done is kept in `--results` and not done again; without `--runs` it is only summed up. ECE is
+after a temperature that the other folds or draws fit. `difference` and `relative` compare 1 - macro F1 with
+that of the run `tutorial` on the same seeds: 95 % percentile bootstrap over the groups, 2,000 draws.
 """
 
 import argparse
@@ -61,7 +62,6 @@ RUNS = {  # flags; what begins with + is done here, as it is no setting of the s
     "default, eight views averaged": ["+views"],
     "default, 336 pixels": ["+336"],
     "fast": ["--recipe", "fast"],
-    "best": ["--recipe", "best"],
 }
 
 

@@ -32,7 +32,7 @@ def test_defaults_are_the_tutorials_job():
         0.15,
         "near-duplicates",
     )
-    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 16)
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 32)
     assert training.output_dir == "model" and training.load_best_model_at_end
 
 
@@ -62,10 +62,10 @@ def test_recipes_name_every_value_and_any_of_them_can_be_overridden(tmp_path, fo
     settings, training = read_settings([*folder, "--recipe", recipe])
     for name, value in RECIPES[recipe].items():
         assert getattr(settings if hasattr(settings, name) else training, name) == value, name
-    (tmp_path / "run.yaml").write_text(f"recipe: {recipe}\nlayer_decay: 0.9\nlinear_probe: false\n")
+    (tmp_path / "run.yaml").write_text(f"recipe: {recipe}\nlayer_decay: 0.9\nlinear_probe: true\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "3e-5", "--augment", "crop"]
     settings, training = read_settings([*folder, *flags])
-    assert (settings.recipe, settings.layer_decay, settings.linear_probe) == (recipe, 0.9, False)
+    assert (settings.recipe, settings.layer_decay, settings.linear_probe) == (recipe, 0.9, True)
     assert (settings.augment, training.learning_rate) == ("crop", 3e-5)
     assert training.num_train_epochs == RECIPES[recipe]["num_train_epochs"]
 
@@ -327,9 +327,9 @@ def test_precision_follows_the_hardware(monkeypatch, device_type, capability, am
 @pytest.mark.parametrize(
     "flags, images, rate",
     [
-        ([], 16, 1e-4),
-        (["--per_device_train_batch_size", "32"], 32, 1.41e-4),
-        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 2e-4),
+        ([], 32, 2.83e-5),
+        (["--per_device_train_batch_size", "16"], 16, 2e-5),
+        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 4e-5),
         (["--recipe", "tutorial"], 16, 2e-5),
         (["--recipe", "tutorial", "--per_device_train_batch_size", "64"], 64, 4e-5),
         (["--per_device_train_batch_size", "64", "--learning_rate", "1e-4"], 64, 1e-4),

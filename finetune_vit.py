@@ -1611,10 +1611,10 @@ if TRAIN:
 
 # %% [markdown]
 # ## 7 · Fine-tune
-# The head starts from a linear probe, then the `Trainer` trains all layers, lower ones more gently, in the
-# mixed precision that the hardware is fast at. After each epoch it evaluates on the validation images and
-# saves a checkpoint with checksums, from which a run that was cut off goes on; Ctrl-C saves one, too. The
+# The `Trainer` does the work, in the mixed precision that the hardware is fast at. After each epoch it
+# evaluates on the validation images and saves a checkpoint, from which a run that was cut off goes on. The
 # best epoch's weights end up where `transformers.pipeline("image-classification", output_dir)` finds them.
+# Ctrl-C saves a checkpoint, too. Each one lists its files' checksums: a damaged one is set aside.
 
 
 # %%
@@ -1826,9 +1826,10 @@ def build_trainer(
         processing_class=processor,
         callbacks=[epoch_log()],
     )
-    kind, options = trainer.get_optimizer_cls_and_kwargs(training, model)
-    options["params"] = layer_groups(trainer, settings.layer_decay)
-    trainer.optimizer_cls_and_kwargs = kind, options
+    if settings.layer_decay < 1:
+        kind, options = trainer.get_optimizer_cls_and_kwargs(training, model)
+        groups = layer_groups(trainer, settings.layer_decay)
+        trainer.optimizer_cls_and_kwargs = kind, options | {"params": groups}
     if training.world_size == 1:  # of several processes none may do anything twice
         trainer._save_checkpoint = functools.partial(patiently, trainer._save_checkpoint)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -1854,7 +1855,7 @@ def layer_groups(trainer: Trainer, decay: float) -> list[dict]:
         rate = args.learning_rate * decay ** (count + 1 - depth)
         group = {"params": [], "lr": rate, "weight_decay": args.weight_decay * (name in decayed)}
         if weights.requires_grad:
-            groups.setdefault((depth, name in decayed), group)["params"].append(weights)
+            groups.setdefault((rate, name in decayed), group)["params"].append(weights)
     return list(groups.values())
 
 

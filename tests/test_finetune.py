@@ -202,7 +202,8 @@ def test_rates_fall_layer_by_layer_and_no_weight_is_forgotten(tmp_path):
 
 
 def test_layer_decay_holds_through_the_schedule(start):
-    trainer, *_ = start("model", "--layer_decay", "0.5", "--learning_rate", "1e-3", "--warmup_steps", "0")
+    cosine = ["--lr_scheduler_type", "cosine", "--learning_rate", "1e-3", "--warmup_steps", "0"]
+    trainer, *_ = start("model", "--layer_decay", "0.5", *cosine)
     trainer.create_optimizer_and_scheduler(num_training_steps=12)
     expected = np.array([1e-3, 5e-4, 2.5e-4])  # head, the one layer, embeddings
     for step in range(12):

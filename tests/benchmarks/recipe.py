@@ -246,8 +246,10 @@ def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int 
         if run != "tutorial" and shared:
             theirs = np.mean([errors["tutorial", seed] for seed in shared], axis=0)
             ours = np.mean([errors[run, seed] for seed in shared], axis=0)
-            for name, value in (("difference", ours - theirs), ("relative", ours / theirs - 1)):
-                ends = np.quantile(value[1:], [0.025, 0.975])
+            with np.errstate(all="ignore"):  # a draw without a mistake has no relative difference
+                compared = {"difference": ours - theirs, "relative": ours / theirs - 1}
+            for name, value in compared.items():
+                ends = np.nanquantile(value[1:], [0.025, 0.975])
                 table[run] |= {name: value[0], f"{name} low": ends[0], f"{name} high": ends[1]}
         table[run]["seconds"] = np.mean(seconds)
     return pd.DataFrame(table).T

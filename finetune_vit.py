@@ -568,6 +568,8 @@ def check_settings(settings: Settings, output_dir: str) -> None:
         stop(f"--cross_validate is {settings.cross_validate}", remedy)
     if settings.cross_validate and settings.split_by not in ("near-duplicates", "random"):
         stop("--cross_validate cannot make folds from a CSV file", "use --split_by near-duplicates or random")
+    if settings.cross_validate and not settings.validation_size:  # the test images would be there twice
+        stop("--cross_validate needs validation images", "give a --validation_size above 0")
     for path in settings.predict or ():
         if not os.path.exists(path):
             stop(f"--predict {path} is not there", "give images, folders or archives")

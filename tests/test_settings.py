@@ -104,6 +104,8 @@ BAD = [
     (["--split_by", "no.csv"], "no.csv is not a file; give near-duplicates, random"),
     (["--cross_validate", "2"], "cross_validate is 2; give 3 or more"),
     (["--cross_validate", "-5"], "cross_validate is -5"),
+    (["--cross_validate", "5", "--recipe", "tutorial"], "cross_validate needs validation images; give a"),
+    (["--cross_validate", "5", "--validation_size", "0"], "cross_validate needs validation images"),
     (["--cross_validate", "5", "--split_by", __file__], "cannot make folds from a CSV file"),
     (["--external_dir", "no/such/folder"], "external_dir no/such/folder is not a folder"),
     (["--save_strategy", "sometimes"], "sometimes"),

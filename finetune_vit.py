@@ -26,6 +26,16 @@ RECIPES = {  # what was tried to better them: see the README
         "warmup_steps": 0.1,  # share of the steps
         "weight_decay": 0.01,
     },
+    "fast": {  # no fine-tuning: a head for the features as they are, from two passes over the images
+        "num_train_epochs": 0.0,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 2.83e-5,  # from here on: where epochs are asked for
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "linear_probe": True,
+        "augment": "flip,turn",
+    },
     "tutorial": {  # of the blog post from which this grew; split and choice of the epoch, too
         "num_train_epochs": 5.0,
         "per_device_train_batch_size": 16,
@@ -1556,6 +1566,7 @@ def load_model(
         torch.nn.init.trunc_normal_(model.classifier.weight, std=config.initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
         model.config.calibration_temperature = 1.0  # or that of another head stays
+    model.new_head = not same
     head = "its own" if same else "a new"
     log.info("%s: %.1f million parameters, %s head", checkpoint, model.num_parameters() / 1e6, head)
     normalise_on_device(model, processor, kinds)
@@ -1901,6 +1912,7 @@ def fit_head(trainer: Trainer, settings: Settings) -> None:
     with torch.no_grad():  # halved: a head that is sure of the training images learns little from them
         model.classifier.weight.copy_(torch.from_numpy(weight / 2))
         model.classifier.bias.copy_(torch.from_numpy(bias / 2))
+    trainer.state.log_history.append({"ridge_strength": float(probe.alpha_)})
 
 
 def fine_tune(trainer: Trainer, settings: Settings, training: TrainingArguments) -> None:
@@ -1910,15 +1922,19 @@ def fine_tune(trainer: Trainer, settings: Settings, training: TrainingArguments)
         trainer.state = transformers.TrainerState.load_from_json(output_dir / "trainer_state.json")
         log.info("found the finished model in %s", output_dir)
         return
-    if training.num_train_epochs > 0:
+    epochs, last = training.num_train_epochs, None
+    if epochs > 0:
         with training.main_process_first(local=False):
             last = find_checkpoint(training)
-        if settings.linear_probe and not last:
-            fit_head(trainer, settings)
+    probe = settings.linear_probe and trainer.model.new_head and not last
+    if probe:
+        fit_head(trainer, settings)
+    if epochs > 0:
         train(trainer, training, last)
-        calibrate(trainer)
     else:
-        log.info("no training, as --num_train_epochs 0 says")
+        log.info("no training%s, as --num_train_epochs 0 says", " but of the head" if probe else "")
+    if epochs > 0 or probe:
+        calibrate(trainer)
     with whole(output_dir / "trainer_state.json") as part:
         if trainer.state.best_model_checkpoint:  # this file is published: no path of this machine
             trainer.state.best_model_checkpoint = Path(trainer.state.best_model_checkpoint).name
@@ -2160,6 +2176,9 @@ def summarise(
     record = read_json(path.parents[1] / "settings.json")
     results |= {name: score(parts[name], groups, class_names) for name in reversed(SPLITS) if name in parts}
     results["per_class"] = score_classes(parts["test"], groups, class_names)
+    history = {name for entry in trainer.state.log_history for name in entry}
+    made = "fine-tuned" if "epoch" in history else "probed" if "ridge_strength" in history else "evaluated"
+    results["made"] = made
     temperature = getattr(trainer.model.config, "calibration_temperature", 1.0)
     results["calibration"] = calibration(*truth_of(parts["test"], class_names), temperature)
     uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
@@ -2462,7 +2481,6 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     base = results["settings"]["model_name_or_path"]
     names = {"data": kvasir["name"] if kvasir else image_folder.name, "base": Path(base).name}
     on_the_hub = "/" in base and not Path(base).exists()  # of a folder elsewhere the name alone is left
-    names["made"] = "fine-tuned" if "training_curves.png" in pictures else "evaluated"
     shown = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
     task, where = "image-classification", {"dataset_type": "imagefolder", "dataset_split": "test"}
     eval_results = [
@@ -2475,7 +2493,7 @@ def make_model_card(results: dict, pictures: list[str], image_folder: Path) -> M
     card_data = hub.ModelCardData(
         library_name="transformers", pipeline_tag=task, tags=["vision", "vit"], metrics=list(shown.values()),
         base_model=base if on_the_hub else None, eval_results=eval_results,
-        model_name=f"{names['base']} {names['made']} on {names['data']}",
+        model_name=f"{names['base']} {results['made']} on {names['data']}",
     )  # fmt: skip
     if kvasir:
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
@@ -2515,7 +2533,8 @@ def write_report(
     if results != read_json(report / "metrics.json"):  # with what was measured elsewhere
         write_json(report / "metrics.json", results)
     conflicts = pairs[pairs["label_a"] != pairs["label_b"]]
-    history, temperature = trainer.state.log_history, results["calibration"]["temperature"]
+    history = [entry for entry in trainer.state.log_history if "epoch" in entry]
+    temperature = results["calibration"]["temperature"]
 
     def examples(rows: pd.DataFrame) -> Figure:
         return draw_examples(rows[:12], class_names, images, trainer.model, shape)

@@ -45,7 +45,7 @@ def start(tmp_path, make_images, tiny_vit):
     processor = ViTImageProcessor.from_pretrained(tiny_vit)
     images = keep_readable(prepare_pixels(load_images(folder), folder, processor, cache))
 
-    def build(name, *flags):
+    def build(name, *flags, checkpoint=tiny_vit):
         settings, training = read_settings([
             "--data_dir", str(folder), "--output_dir", str(tmp_path / name), "--learning_rate", "5e-3",
             "--num_train_epochs", "4", "--bf16", "false", "--report_to", "none",
@@ -53,7 +53,7 @@ def start(tmp_path, make_images, tiny_vit):
         ])  # fmt: skip
         groups = pd.Series(range(len(images)), images["file"][:])
         splits = split_images(images, groups, settings, training.seed, tmp_path / name / "split.csv")
-        model = load_model(str(tiny_vit), ["blue", "green", "red"], processor, training.seed)
+        model = load_model(str(checkpoint), ["blue", "green", "red"], processor, training.seed)
         return build_trainer(model, splits, processor, settings, training), settings, training
 
     return build
@@ -300,6 +300,23 @@ def test_zero_epochs_save_the_model_as_it_is(tmp_path, start, monkeypatch):
     saved = weights(tmp_path / "model")
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
     assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["log_history"] == []
+
+
+def test_zero_epochs_with_a_linear_probe_fit_and_calibrate_a_new_head_alone(tmp_path, start):
+    trainer, settings, training = start("probe", "--recipe", "fast", "--num_train_epochs", "0")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    fine_tune(trainer, settings, training)
+    saved = weights(tmp_path / "probe")
+    changed = {name for name, value in saved.items() if not torch.equal(value, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    state = json.loads((tmp_path / "probe" / "trainer_state.json").read_text())
+    assert [*state["log_history"][0]] == ["ridge_strength"] and len(state["log_history"]) == 1
+    outputs = trainer.predict(trainer.eval_dataset)
+    assert (outputs.predictions.argmax(1) == outputs.label_ids).mean() > 0.6
+    assert finetune_vit.fit_temperature(outputs.predictions, outputs.label_ids) == pytest.approx(1, abs=1e-3)
+    again = start("again", "--recipe", "fast", "--num_train_epochs", "0", checkpoint=tmp_path / "probe")
+    fine_tune(*again)  # a model that knows the classes is only evaluated
+    assert same_weights(tmp_path / "probe", tmp_path / "again") and not again[0].state.log_history
 
 
 @pytest.mark.parametrize("logging", ["epoch", "no"])

@@ -78,7 +78,8 @@ def results(tmp_path):
     split["classes"] = dict.fromkeys(("train", "validation", "test"), dict.fromkeys(NAMES, 21))
     calibration = {"temperature": 1.234, "ece_before": 0.0987, "ece_after": 0.0456}
     return {
-        "test": part, "validation": part, "per_class": dict.fromkeys(NAMES, row), "split": split,
+        "made": "fine-tuned", "test": part,
+        "validation": part, "per_class": dict.fromkeys(NAMES, row), "split": split,
         "calibration": calibration | {"accuracy_at_90_percent_coverage": 0.9777},
         "shortcuts": {"nothing": {"accuracy": 0.9123, "macro_f1": 0.87}},
         "speed": {"train_images_per_second": 12.34, "train_seconds": 567.0, "evaluate_images_per_second": 89},
@@ -232,10 +233,26 @@ def test_a_card_of_the_users_own_is_never_replaced(tmp_path, report):
     assert report().text == "my own"
 
 
-def test_no_picture_without_something_to_show(tmp_path, report):
+@pytest.mark.parametrize(
+    "made, says, chosen",
+    [
+        ("fine-tuned", "Fine-tuned from", "images chose the epoch and the temperature"),
+        ("probed", "to the unchanged features of", "images chose the temperature"),
+        ("evaluated", "as it was, evaluated", "This run learned nothing"),
+    ],
+)
+def test_card_says_what_was_learned(report, results, made, says, chosen):
+    card = report(results | {"made": made})
+    assert f"# vit-base-patch16-224-in21k {made} on my-images" in card.text
+    assert says in card.text and chosen in card.text
+    assert ("divided by the temperature" in card.text) is (made != "evaluated")
+
+
+def test_no_picture_without_something_to_show(tmp_path, report, results):
     card = report(
-        predictions=predict_by_chance(NAMES, right=1), history=[], pairs={"label_a": [], "label_b": []}
-    )
+        results | {"made": "evaluated"}, predictions=predict_by_chance(NAMES, right=1),
+        history=[{"ridge_strength": 10.0}], pairs={"label_a": [], "label_b": []},
+    )  # fmt: skip
     names = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert names == {"attention.png", "confusion_matrix.png", "per_class.png", "reliability.png"}
     assert "training_curves" not in card.text and "--num_train_epochs 0" in card.text

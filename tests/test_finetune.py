@@ -293,7 +293,7 @@ def test_a_finished_model_is_not_trained_again(tmp_path, start, monkeypatch):
 
 
 def test_zero_epochs_save_the_model_as_it_is(tmp_path, start, monkeypatch):
-    trainer, settings, training = start("model", "--num_train_epochs", "0")
+    trainer, settings, training = start("model", "--num_train_epochs", "0", "--linear_probe", "false")
     expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     monkeypatch.setattr(trainer, "train", None)
     fine_tune(trainer, settings, training)

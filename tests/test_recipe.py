@@ -71,7 +71,7 @@ def test_difference_is_paired_and_relative_to_the_tutorial():
 
 def test_runs_are_kept_and_not_done_again(tmp_path, make_images, tiny_vit):
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "recipe.py", "--protocol", "groups"]
-    command += ["--results", tmp_path / "results", "--runs", "tutorial", "candidate, mixup 0.2"]
+    command += ["--results", tmp_path / "results", "--runs", "tutorial", "default, mixup 0.2"]
     command += ["--", "--data_dir", make_images(count=9), "--model_name_or_path", tiny_vit]
     command += ["--data_root", tmp_path / "data", "--num_train_epochs", "1"]
     first, again = (

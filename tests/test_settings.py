@@ -23,7 +23,7 @@ def folder(tmp_path):
     return ["--data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "model")]
 
 
-def test_defaults_are_the_tutorials_job():
+def test_defaults_are_the_tutorials_data_and_model():
     settings, training = read_settings([])
     assert settings.data_url == "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip"
     assert settings.model_name_or_path == "google/vit-base-patch16-224-in21k"
@@ -32,7 +32,8 @@ def test_defaults_are_the_tutorials_job():
         0.15,
         "near-duplicates",
     )
-    assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 32)
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (4, 8)
+    assert settings.linear_probe and settings.class_weights and settings.augment == "flip,turn"
     assert training.output_dir == "model" and training.load_best_model_at_end
 
 
@@ -329,9 +330,9 @@ def test_precision_follows_the_hardware(monkeypatch, device_type, capability, am
 @pytest.mark.parametrize(
     "flags, images, rate",
     [
-        ([], 32, 2.83e-5),
-        (["--per_device_train_batch_size", "16"], 16, 2e-5),
-        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 4e-5),
+        ([], 8, 2e-5),
+        (["--per_device_train_batch_size", "32"], 32, 4e-5),
+        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 5.66e-5),
         (["--recipe", "tutorial"], 16, 2e-5),
         (["--recipe", "tutorial", "--per_device_train_batch_size", "64"], 64, 4e-5),
         (["--per_device_train_batch_size", "64", "--learning_rate", "1e-4"], 64, 1e-4),

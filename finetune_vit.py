@@ -1634,7 +1634,7 @@ if TRAIN:
 
 # %% [markdown]
 # ## 7 · Fine-tune
-# A head is fitted to the pretrained features, then the `Trainer` tunes all layers, in the mixed precision that
+# A head is fitted to the pretrained features; then the `Trainer` tunes all layers, in the precision that
 # the hardware is fast at. After each epoch it evaluates on the validation images and saves a checkpoint, from
 # which a run that was cut off goes on. The best epoch's weights end up where
 # `transformers.pipeline("image-classification", output_dir)` finds them. Ctrl-C saves a checkpoint, too. Each
@@ -1943,7 +1943,7 @@ def fine_tune(trainer: Trainer, settings: Settings, training: TrainingArguments)
     if epochs > 0:
         train(trainer, training, last)
     else:
-        log.info("no training%s, as --num_train_epochs 0 says", " but of the head" if probe else "")
+        log.info("%s, as num_train_epochs is 0", "trained the head alone" if probe else "no training")
     if epochs > 0 or probe:
         calibrate(trainer)
     with whole(output_dir / "trainer_state.json") as part:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as cores in each worker would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -73,7 +73,7 @@ def test_defaults_apply_and_the_kernels_own_arguments_are_ignored(notebook):
     notebook.cells[-1].source += "\nprint(settings.data_url, training.num_train_epochs, sys.argv)"
     run(notebook)
     text = outputs(notebook)[-1]["text"]
-    assert text.startswith(f"{KVASIR_URL} 5.0 ") and ".json" in text  # the kernel's connection file
+    assert text.startswith(f"{KVASIR_URL} 4.0 ") and ".json" in text  # the kernel's connection file
 
 
 def test_notebook_runs_on_the_sample(notebook, tmp_path):

@@ -1869,7 +1869,7 @@ def layer_groups(trainer: Trainer, decay: float) -> list[dict]:
         rate = args.learning_rate * decay ** (count + 1 - depth)
         group = {"params": [], "lr": rate, "weight_decay": args.weight_decay * (name in decayed)}
         if weights.requires_grad:
-            groups.setdefault((rate, name in decayed), group)["params"].append(weights)
+            groups.setdefault((depth, name in decayed), group)["params"].append(weights)
     return list(groups.values())
 
 
@@ -1923,19 +1923,20 @@ def fine_tune(trainer: Trainer, settings: Settings, training: TrainingArguments)
         trainer.state = transformers.TrainerState.load_from_json(output_dir / "trainer_state.json")
         log.info("found the finished model in %s", output_dir)
         return
-    epochs, last = training.num_train_epochs, None
-    if epochs > 0:
+    probe = settings.linear_probe and trainer.model.new_head
+    if training.num_train_epochs > 0:
         with training.main_process_first(local=False):
             last = find_checkpoint(training)
-    probe = settings.linear_probe and trainer.model.new_head and not last
-    if probe:
-        fit_head(trainer, settings)
-    if epochs > 0:
+        if probe and not last:
+            fit_head(trainer, settings)
         train(trainer, training, last)
-    else:
-        log.info("%s, as num_train_epochs is 0", "trained the head alone" if probe else "no training")
-    if epochs > 0 or probe:
         calibrate(trainer)
+    elif probe:
+        fit_head(trainer, settings)
+        log.info("trained the head alone, as num_train_epochs is 0")
+        calibrate(trainer)
+    else:
+        log.info("no training, as num_train_epochs is 0")
     with whole(output_dir / "trainer_state.json") as part:
         if trainer.state.best_model_checkpoint:  # this file is published: no path of this machine
             trainer.state.best_model_checkpoint = Path(trainer.state.best_model_checkpoint).name
@@ -2177,8 +2178,8 @@ def summarise(
     record = read_json(path.parents[1] / "settings.json")
     results |= {name: score(parts[name], groups, class_names) for name in reversed(SPLITS) if name in parts}
     results["per_class"] = score_classes(parts["test"], groups, class_names)
-    history = {name for entry in trainer.state.log_history for name in entry}
-    made = "fine-tuned" if "epoch" in history else "probed" if "ridge_strength" in history else "evaluated"
+    logged = set().union(*trainer.state.log_history)
+    made = "fine-tuned" if "epoch" in logged else "probed" if "ridge_strength" in logged else "evaluated"
     results["made"] = made
     temperature = getattr(trainer.model.config, "calibration_temperature", 1.0)
     results["calibration"] = calibration(*truth_of(parts["test"], class_names), temperature)
@@ -2534,14 +2535,13 @@ def write_report(
     if results != read_json(report / "metrics.json"):  # with what was measured elsewhere
         write_json(report / "metrics.json", results)
     conflicts = pairs[pairs["label_a"] != pairs["label_b"]]
-    history = [entry for entry in trainer.state.log_history if "epoch" in entry]
-    temperature = results["calibration"]["temperature"]
+    history, temperature = trainer.state.log_history, results["calibration"]["temperature"]
 
     def examples(rows: pd.DataFrame) -> Figure:
         return draw_examples(rows[:12], class_names, images, trainer.model, shape)
 
     pictures = {  # file name: (whether there is anything to draw, how)
-        "training_curves.png": (history, lambda: draw_training_curves(history)),
+        "training_curves.png": (results["made"] == "fine-tuned", lambda: draw_training_curves(history)),
         "confusion_matrix.png": (True, lambda: draw_confusion_matrix(tested, class_names)),
         "per_class.png": (True, lambda: draw_class_bars(results["per_class"])),
         "reliability.png": (True, lambda: draw_reliability(*truth_of(tested, class_names), temperature)),

@@ -63,10 +63,11 @@ def test_recipes_name_every_value_and_any_of_them_can_be_overridden(tmp_path, fo
     settings, training = read_settings([*folder, "--recipe", recipe])
     for name, value in RECIPES[recipe].items():
         assert getattr(settings if hasattr(settings, name) else training, name) == value, name
-    (tmp_path / "run.yaml").write_text(f"recipe: {recipe}\nlayer_decay: 0.9\nlinear_probe: true\n")
+    other = not RECIPES[recipe]["linear_probe"]
+    (tmp_path / "run.yaml").write_text(f"recipe: {recipe}\nlayer_decay: 0.9\nlinear_probe: {other}\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "3e-5", "--augment", "crop"]
     settings, training = read_settings([*folder, *flags])
-    assert (settings.recipe, settings.layer_decay, settings.linear_probe) == (recipe, 0.9, True)
+    assert (settings.recipe, settings.layer_decay, settings.linear_probe) == (recipe, 0.9, other)
     assert (settings.augment, training.learning_rate) == ("crop", 3e-5)
     assert training.num_train_epochs == RECIPES[recipe]["num_train_epochs"]
 

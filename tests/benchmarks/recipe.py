@@ -35,10 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune_vit as script
 
 TUTORIAL = ["--recipe", "tutorial", "--warmup_steps", "0.235"]  # its 500 of 2,125 steps, of shorter runs
+SMALL_STEPS = [*TUTORIAL, "--per_device_train_batch_size", "8"]
 RUNS = {  # flags; what begins with + is done here, as it is no setting of the script
     "tutorial": TUTORIAL,
-    "tutorial, 8 images a step": [*TUTORIAL, "--per_device_train_batch_size", "8"],
+    "tutorial, 8 images a step": SMALL_STEPS,
     "tutorial, class weights": [*TUTORIAL, "--class_weights"],
+    "tutorial, 8 images a step, class weights": [*SMALL_STEPS, "--class_weights"],
     "fast": ["--recipe", "fast"],
     "default": [],
     "default, no probe": ["--linear_probe", "false"],

@@ -69,6 +69,17 @@ def test_difference_is_paired_and_relative_to_the_tutorial():
     assert table.loc["same", ["difference", "difference low", "difference high"]].tolist() == [0, 0, 0]
 
 
+def test_the_interval_covers_the_luck_of_a_seed():
+    labels = np.repeat([0, 1], 200)
+    rows, groups = np.arange(400), np.arange(400) // 4
+    right, half = np.eye(2)[labels], np.eye(2)[(labels + rows % 2) % 2]
+    results = {"tutorial": {seed: [(rows, half, 1.0)] for seed in range(4)}}
+    results["lucky once"] = {seed: [(rows, half if seed else right, 1.0)] for seed in range(4)}
+    found = recipe.summarise(results, labels, groups).loc["lucky once"]
+    assert found["relative"] == pytest.approx(-0.25)  # 0.32 of the draws lack that seed
+    assert found["relative low"] <= -0.5 and found["relative high"] == 0
+
+
 def test_runs_are_kept_and_not_done_again(tmp_path, make_images, tiny_vit):
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "recipe.py", "--protocol", "groups"]
     command += ["--results", tmp_path / "results", "--runs", "tutorial", "default, mixup 0.2"]

@@ -12,7 +12,8 @@ uneven   the same, but of the most frequent class all images from two thirds of 
 Each seed is another division and another training. There is no validation: the last epoch counts, for every
 run. What is done is kept in `--results` and not done again; without `--runs` it is only summed up. ECE is
 after a temperature that the other folds or draws fit. `difference` and `relative` compare 1 - macro F1 with
-that of the run `tutorial` on the same seeds: 95 % percentile bootstrap over the groups, 2,000 draws.
+that of the run `tutorial` on the same seeds: 95 % percentile bootstrap, 2,000 draws of groups and of seeds
+(a training is as much a matter of luck as the choice of its test scenes).
 """
 
 import argparse
@@ -246,8 +247,12 @@ def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int 
         table[run] |= {"sd": scores.std(ddof=1) if len(scores) > 1 else np.nan, "ECE": ece}
         shared = by_seed.keys() & results.get("tutorial", {}).keys()
         if run != "tutorial" and shared:
-            theirs = np.mean([errors["tutorial", seed] for seed in shared], axis=0)
-            ours = np.mean([errors[run, seed] for seed in shared], axis=0)
+            n = len(shared)
+            drawn = np.vstack([np.arange(n), np.random.RandomState(0).randint(n, size=(draws, n))]).T
+            ours, theirs = (
+                np.take_along_axis(np.stack([errors[name, seed] for seed in shared]), drawn, 0).mean(0)
+                for name in (run, "tutorial")
+            )
             with np.errstate(all="ignore"):  # a draw without a mistake has no relative difference
                 compared = {"difference": ours - theirs, "relative": ours / theirs - 1}
             for name, value in compared.items():

@@ -48,6 +48,7 @@ RECIPES = {  # what each of them is worth: see the README
 }
 # The fitted head alone, from two passes over the training images.
 RECIPES["fast"] = RECIPES["default"] | {"num_train_epochs": 0.0}
+RECIPES["best"] = RECIPES["default"] | {"num_train_epochs": 15.0}
 
 REPOSITORY = "https://github.com/OWNER/finetune_vit"
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import

@@ -7,8 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from sklearn.metrics import f1_score
+from transformers import ViTForImageClassification
 
 spec = importlib.util.spec_from_file_location("recipe", ROOT / "tests" / "benchmarks" / "recipe.py")
 recipe = importlib.util.module_from_spec(spec)
@@ -78,6 +80,22 @@ def test_the_interval_covers_the_luck_of_a_seed():
     found = recipe.summarise(results, labels, groups).loc["lucky once"]
     assert found["relative"] == pytest.approx(-0.25)  # 0.32 of the draws lack that seed
     assert found["relative low"] <= -0.5 and found["relative high"] == 0
+
+
+def test_half_the_patches_train_and_all_of_them_test(tiny_vit):
+    model = ViTForImageClassification.from_pretrained(tiny_vit)
+    pixels, seen = torch.rand(3, 3, model.config.image_size, model.config.image_size), []
+    recipe.patch_dropout(model, 0.5)
+    model.vit.embeddings.register_forward_hook(lambda module, inputs, tokens: seen.append(tokens))
+    for training in (False, True):
+        model.train(training)(pixel_values=pixels)
+    every, some = seen
+    assert some.shape[1] - 1 == (every.shape[1] - 1) // 2
+    assert torch.equal(some[:, 0], every[:, 0])  # the class token
+    for all_of_one, some_of_one in zip(every, some, strict=True):
+        rows = (some_of_one[:, None] == all_of_one).all(2).int().argmax(1)
+        assert torch.equal(all_of_one[rows], some_of_one) and len(set(rows.tolist())) == len(rows)
+    assert not torch.equal(some[0], some[1])
 
 
 def test_runs_are_kept_and_not_done_again(tmp_path, make_images, tiny_vit):

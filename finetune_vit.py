@@ -46,9 +46,8 @@ RECIPES = {  # what each of them is worth: see the README
         "metric_for_best_model": "accuracy",
     },
 }
-# The fitted head alone, from two passes over the training images.
-RECIPES["fast"] = RECIPES["default"] | {"num_train_epochs": 0.0}
-RECIPES["best"] = RECIPES["default"] | {"num_train_epochs": 15.0}
+RECIPES["fast"] = RECIPES["default"] | {"num_train_epochs": 0.0}  # the fitted head alone, from two passes
+RECIPES["best"] = RECIPES["default"] | {"num_train_epochs": 15.0}  # few images gain most
 
 REPOSITORY = "https://github.com/OWNER/finetune_vit"
 RUN = __name__ == "__main__"  # true in a script and in a notebook, false on import

@@ -263,7 +263,7 @@ def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int 
         ece = out_of_fold_calibration([part for parts in by_seed.values() for part in parts], labels)
         table[run] = {"seeds": len(scores), "accuracy": np.mean(accuracy), "macro F1": scores.mean()}
         table[run] |= {"sd": scores.std(ddof=1) if len(scores) > 1 else np.nan, "ECE": ece}
-        shared = by_seed.keys() & results.get("tutorial", {}).keys()
+        shared = sorted(by_seed.keys() & results.get("tutorial", {}).keys())
         if run != "tutorial" and shared:
             n = len(shared)
             drawn = np.vstack([np.arange(n), np.random.RandomState(0).randint(n, size=(draws, n))]).T

@@ -21,6 +21,7 @@ RECIPES = {  # what each of them is worth: see the README
     "default": {
         "num_train_epochs": 4.0,
         "per_device_train_batch_size": 8,  # images a step; 32 keep a large GPU busier
+        "min_steps": 1000,  # fewer images a step, down to one, rather than fewer steps
         "learning_rate": 2e-5,  # peak of AdamW, for that many images a step
         "layer_decay": 0.85,  # rate of each layer, as a share of that of the next one
         "lr_scheduler_type": "cosine",  # from the peak to 0
@@ -33,6 +34,7 @@ RECIPES = {  # what each of them is worth: see the README
     "tutorial": {  # of the blog post from which this grew; split and choice of the epoch, too
         "num_train_epochs": 5.0,
         "per_device_train_batch_size": 16,
+        "min_steps": 0,
         "learning_rate": 2e-5,
         "layer_decay": 1.0,
         "lr_scheduler_type": "linear",
@@ -351,6 +353,7 @@ class Settings:
     augment: str = setting("", "Training images vary by any of flip,turn,crop,colour.", "KINDS")
     linear_probe: bool = setting(False, "Begin with a head that is fitted to the pretrained features.")
     layer_decay: float = setting(1.0, "Rate of each layer, as a share of that of the next one.", "SHARE")
+    min_steps: int = setting(0, "Steps at least: few images make as many, by fewer images a step.", "N")
     freeze_backbone: bool = setting(False, "Train the head alone: a fraction of the memory and time.")
     class_weights: bool = setting(False, "Weigh the loss so that each class counts the same.")
     evaluate_train: bool = setting(False, "Report the metrics on the training images as well.")
@@ -367,7 +370,7 @@ TRAINING = {  # fields of transformers.TrainingArguments: our default, help, nam
     "learning_rate": (None, "Peak rate of AdamW; None: the recipe's, tied to the images a step.", "RATE"),
     "warmup_steps": (None, "Learning-rate warm-up: share of steps if below 1, else steps.", "N"),
     "weight_decay": (None, "Decoupled weight decay of AdamW, but for biases and norms.", "RATE"),
-    "per_device_train_batch_size": (None, "Images a training step, on each device.", "N"),
+    "per_device_train_batch_size": (None, "Images a training step, on each device, at most.", "N"),
     "per_device_eval_batch_size": (64, "Images an evaluation step, on each device.", "N"),
     "seed": (42, "Seed of the split, the new head and the order of the images.", "N"),
     "bf16": (None, "bfloat16 mixed precision; None: where it is fast.", "BOOL"),
@@ -585,6 +588,8 @@ def check_settings(settings: Settings, output_dir: str) -> None:
             stop(f"--predict {path} is not there", "give images, folders or archives")
     if settings.demo and not importlib.util.find_spec("gradio"):
         stop("--demo needs Gradio", "pip install gradio")
+    if not 0 <= settings.min_steps <= 1e9:
+        stop(f"--min_steps is {settings.min_steps}", "give a number of steps; 0 asks for none")
     if not 0 < settings.layer_decay <= 1:
         stop(f"--layer_decay is {settings.layer_decay}", "give a share above 0; 1 is none")
     if wrong := sorted(set(settings.augment.split(",")) - {"", *AUGMENTATIONS}):
@@ -1826,6 +1831,7 @@ def build_trainer(
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     transformers.logging.set_verbosity_warning()  # from here on its warnings matter
     inputs = splits.select_columns(["pixel_values", "label"])
+    training = make_steps(training, len(inputs["train"]), settings.min_steps)
     model.base_model.requires_grad_(not settings.freeze_backbone)
     trainer = transformers.Trainer(
         model=model,
@@ -1851,6 +1857,22 @@ def build_trainer(
         if isinstance(callback, transformers.ProgressCallback):
             callback.on_log = lambda *_, **__: None  # the bar without lines of raw numbers
     return trainer
+
+
+def make_steps(training: TrainingArguments, images: int, least: int) -> TrainingArguments:
+    """Return the arguments for at least so many steps: with fewer images a step where that is needed.
+
+    The learning rate stays. What a model learns from few images depends on the number of its steps.
+    """
+    most = max(1, int(images * training.num_train_epochs / max(1, least)))
+    most = 2 ** (most.bit_length() - 1)  # a power of two, as batches are
+    if not least or training.max_steps > 0 or most >= images_a_step(training):
+        return training
+    training, batch = copy.copy(training), training.per_device_train_batch_size
+    most //= images_a_step(training) // (batch * training.gradient_accumulation_steps)  # on each device
+    training.per_device_train_batch_size = max(1, min(most, batch))
+    training.gradient_accumulation_steps = max(1, most // batch)
+    return training
 
 
 def layer_groups(trainer: Trainer, decay: float) -> list[dict]:
@@ -1890,7 +1912,7 @@ def fit_head(trainer: Trainer, settings: Settings) -> None:
 
     Linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054. A drawn head would first pull the
     features towards its own noise. Ridge regression with classes weighed alike, its strength chosen by
-    leaving each image out; where images are augmented by turns or flips, half a turn or a mirror counts too.
+    leaving one out; where images are augmented by turns or flips, half a turn or a mirror counts too.
     """
     model, inputs, gathered = trainer.model.eval(), [], []
     views = [(), (2, 3)] if "turn" in settings.augment else [(), (3,)] if "flip" in settings.augment else [()]
@@ -1961,14 +1983,19 @@ def train(trainer: Trainer, training: TrainingArguments, last: Path | None) -> N
     lacking = 3 - min(len(checkpoints_in(output_dir)), 2)  # the best, the newest, the one that replaces it
     need_space(output_dir, size * (1 + 3 * lacking))  # each with two moments of AdamW; and the final weights
     precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    log.info("training on %s in %s, from %s", training.device, precision, last or "the start")
+    count, where = images_a_step(trainer.args), f"{training.device} in {precision}"
+    log.info("training on %s, %s images a step, from %s", where, count, last or "the start")
     try:
         with safe_checkpoints(trainer, training) as guard:
             outcome = trainer.train(resume_from_checkpoint=last and str(last))
     except torch.OutOfMemoryError as problem:
-        batch, steps = training.per_device_train_batch_size // 2, 2 * training.gradient_accumulation_steps
-        remedy = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {steps} need half"
-        stop(str(problem).split(".")[0], f"{remedy} of it and train the same")
+        batch = trainer.args.per_device_train_batch_size // 2
+        remedy = "--gradient_checkpointing true needs less"
+        if batch:
+            steps = training.per_device_train_batch_size * training.gradient_accumulation_steps // batch
+            halves = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {steps}"
+            remedy = f"{halves} need half of it and train the same"
+        stop(str(problem).split(".")[0], remedy)
     if guard.stopped:
         log.info("saved checkpoint-%s", trainer.state.global_step)
         raise KeyboardInterrupt

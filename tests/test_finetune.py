@@ -25,6 +25,7 @@ import finetune_vit
 from finetune_vit import (
     build_trainer,
     fine_tune,
+    images_a_step,
     fit_head,
     fit_temperature,
     keep_readable,
@@ -49,7 +50,7 @@ def start(tmp_path, make_images, tiny_vit):
         settings, training = read_settings([
             "--data_dir", str(folder), "--output_dir", str(tmp_path / name), "--learning_rate", "5e-3",
             "--num_train_epochs", "4", "--bf16", "false", "--report_to", "none",
-            "--per_device_train_batch_size", "16", *flags,
+            "--per_device_train_batch_size", "16", "--min_steps", "0", *flags,
         ])  # fmt: skip
         groups = pd.Series(range(len(images)), images["file"][:])
         splits = split_images(images, groups, settings, training.seed, tmp_path / name / "split.csv")
@@ -122,6 +123,28 @@ def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch):
     )
     with pytest.raises(SystemExit, match=f"error: {line} and train the same"):
         fine_tune(trainer, settings, training)
+
+
+@pytest.mark.parametrize(
+    "least, line",
+    [
+        ("20", "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 need half of it and train"),
+        ("999", "--gradient_checkpointing true needs less$"),
+    ],
+)
+def test_too_little_memory_on_few_images(start, monkeypatch, least, line):
+    trainer, settings, training = start("model", "--min_steps", least)
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer, "training_step", run_out)
+    with pytest.raises(SystemExit, match=line):
+        fine_tune(trainer, settings, training)
+    if least == "20":  # what the line advises makes the same steps
+        other = start("halves", "--min_steps", least, *QUARTERS)[0]
+        assert images_a_step(other.args) == images_a_step(trainer.args) == 8
+        assert other.args.per_device_train_batch_size == 4
 
 
 def log_loss(logits, labels):
@@ -271,6 +294,37 @@ def test_class_weights_count_classes_alike_and_batches_by_their_images(start):
     assert loss(SimpleNamespace(logits=logits), labels).item() == pytest.approx(expected.mean().item())
     halves = [loss(SimpleNamespace(logits=logits[rows]), labels[rows], 7) for rows in (slice(3), slice(3, 7))]
     assert sum(halves).item() == pytest.approx(expected.mean().item())
+
+
+QUARTERS = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"]
+
+
+@pytest.mark.parametrize(
+    "flags, images",
+    [
+        ([], 16),  # start asks for no number of steps
+        (["--per_device_train_batch_size", "64"], 64),
+        (["--min_steps", "12"], 8),  # 42 images, 4 epochs: 14 a step would do
+        (["--min_steps", "999"], 1),
+        (["--min_steps", "30", *QUARTERS], 4),
+        (["--min_steps", "999", *QUARTERS], 1),
+        (["--min_steps", "999", "--max_steps", "3"], 16),
+    ],
+)
+def test_few_images_make_more_steps_at_the_same_cost_and_rate(start, flags, images):
+    trainer, _, training = start("model", *flags)
+    assert len(trainer.train_dataset) == 42 and images_a_step(trainer.args) == images
+    assert images_a_step(training) in (16, 64)  # as given: cross-validation starts from these again
+    assert trainer.args.learning_rate == training.learning_rate == 5e-3
+    assert trainer.args.per_device_train_batch_size <= training.per_device_train_batch_size
+
+
+def test_more_steps_see_each_image_once_an_epoch(start):
+    trainer, settings, training = start("model", "--min_steps", "80", "--num_train_epochs", "2")
+    fine_tune(trainer, settings, training)
+    assert trainer.state.global_step == 84
+    epochs = [entry for entry in trainer.state.log_history if "train_images" in entry]
+    assert [entry["train_images"] for entry in epochs] == [42, 42]
 
 
 def test_class_weights_train_the_same_in_halves(tmp_path, start):

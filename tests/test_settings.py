@@ -51,6 +51,7 @@ def test_recipe_of_the_tutorial_is_what_it_did(folder):
     settings, training = read_settings([*folder, "--recipe", "tutorial"])
     assert (settings.split_by, settings.test_size, settings.validation_size) == ("random", 0.15, 0)
     assert (settings.linear_probe, settings.layer_decay, settings.augment) == (False, 1, "")
+    assert settings.min_steps == 0
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (5, 16)
     assert (training.learning_rate, training.warmup_steps, training.weight_decay) == (2e-5, 500, 0.01)
     assert training.lr_scheduler_type == "linear" and training.optim.startswith("adamw")
@@ -99,6 +100,7 @@ BAD = [
     (["--augment", "flip,rotate"], "--augment does not know rotate; give any of flip,turn,crop,colour"),
     (["--recipe", "fastest"], "recipe: invalid choice: 'fastest'.*default"),
     (["--recipe"], "recipe.*expected one argument"),
+    (["--min_steps", "-1"], "--min_steps is -1; give a number of steps"),
     (["--layer_decay", "0"], "--layer_decay is 0.0; give a share above 0"),
     (["--layer_decay", "1.5"], "--layer_decay is 1.5"),
     (["--layer_decay", "nan"], "--layer_decay is nan"),

@@ -37,6 +37,7 @@ import finetune_vit as script
 
 TUTORIAL = ["--recipe", "tutorial", "--warmup_steps", "0.235"]  # its 500 of 2,125 steps, of shorter runs
 SMALL_STEPS = [*TUTORIAL, "--per_device_train_batch_size", "8"]
+ANY_STEPS = ["--min_steps", "0"]  # few images make few steps
 RUNS = {  # flags; what begins with + is done here, as it is no setting of the script
     "tutorial": TUTORIAL,
     "tutorial, 8 images a step": SMALL_STEPS,
@@ -53,9 +54,11 @@ RUNS = {  # flags; what begins with + is done here, as it is no setting of the s
     "default, 2.5 times the rate": ["--learning_rate", "5e-5"],
     "default, warm-up 0.1": ["--warmup_steps", "0.1"],
     "default, linear schedule": ["--lr_scheduler_type", "linear"],
-    "default, 4 images a step": ["--per_device_train_batch_size", "4"],
-    "default, 16 images a step": ["--per_device_train_batch_size", "16"],
-    "default, 32 images a step": ["--per_device_train_batch_size", "32"],
+    "default, 8 images a step": ANY_STEPS,
+    "best, 8 images a step": ["--recipe", "best", *ANY_STEPS],
+    "default, 4 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "4"],
+    "default, 16 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "16"],
+    "default, 32 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "32"],
     "default, crops": ["--augment", "flip,turn,crop"],
     "default, crops and colours": ["--augment", "flip,turn,crop,colour"],
     "default, label smoothing 0.1": ["--label_smoothing_factor", "0.1"],

@@ -33,6 +33,7 @@ def test_defaults_are_the_tutorials_data_and_model():
         "near-duplicates",
     )
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (4, 8)
+    assert settings.min_steps == 300
     assert settings.linear_probe and settings.class_weights and settings.augment == "flip,turn"
     assert training.output_dir == "model" and training.load_best_model_at_end
 

@@ -56,6 +56,7 @@ RUNS = {  # flags; what begins with + is done here, as it is no setting of the s
     "default, linear schedule": ["--lr_scheduler_type", "linear"],
     "default, 8 images a step": ANY_STEPS,
     "best, 8 images a step": ["--recipe", "best", *ANY_STEPS],
+    "default, 2 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "2", "--learning_rate", "2e-5"],
     "default, 4 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "4"],
     "default, 16 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "16"],
     "default, 32 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "32"],

@@ -121,9 +121,9 @@ def test_card_reports_the_same_numbers(run):
     command = re.search(r"```bash\n(.+)\n```", card.text)[1]
     assert command == (
         "python finetune_vit.py --data_url=data/sample.zip --model_name_or_path=data/sample-vit "
-        "--linear_probe=False --layer_decay=1.0 --class_weights=False --per_device_train_batch_size=32 "
-        "--num_train_epochs=40.0 --learning_rate=0.001 --lr_scheduler_type=linear --warmup_steps=0.1 "
-        "--weight_decay=0.01"  # folders called as by default
+        "--linear_probe=False --layer_decay=1.0 --min_steps=0 --class_weights=False "
+        "--per_device_train_batch_size=32 --num_train_epochs=40.0 --learning_rate=0.001 "
+        "--lr_scheduler_type=linear --warmup_steps=0.1 --weight_decay=0.01"  # folders called as by default
     )
 
 

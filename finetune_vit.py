@@ -1864,9 +1864,11 @@ def make_steps(training: TrainingArguments, images: int, least: int) -> Training
 
     The learning rate stays. What a model learns from few images depends on the number of its steps.
     """
-    most = max(1, int(images * training.num_train_epochs / max(1, least)))
+    if not least or training.max_steps > 0:
+        return training
+    most = max(1, int(images * training.num_train_epochs / least))
     most = 2 ** (most.bit_length() - 1)  # a power of two, as batches are
-    if not least or training.max_steps > 0 or most >= images_a_step(training):
+    if most >= images_a_step(training):
         return training
     training, batch = copy.copy(training), training.per_device_train_batch_size
     most //= images_a_step(training) // (batch * training.gradient_accumulation_steps)  # on each device

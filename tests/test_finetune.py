@@ -111,40 +111,31 @@ def test_the_best_epoch_is_restored(tmp_path, start):
         assert not torch.equal(best[name], last[name])
 
 
-def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch):
-    trainer, settings, training = start("model", "--gradient_accumulation_steps", "2")
-
-    def run_out(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(trainer, "training_step", run_out)
-    line = (
-        "CUDA out of memory; --per_device_train_batch_size 8 --gradient_accumulation_steps 4 need half of it"
-    )
-    with pytest.raises(SystemExit, match=f"error: {line} and train the same"):
-        fine_tune(trainer, settings, training)
-
-
 @pytest.mark.parametrize(
-    "least, line",
+    "flags, images, halves",
     [
-        ("20", "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 need half of it and train"),
-        ("999", "--gradient_checkpointing true needs less$"),
+        (
+            ["--gradient_accumulation_steps", "2"], 32,
+            "--per_device_train_batch_size 8 --gradient_accumulation_steps 4",
+        ),
+        (["--min_steps", "20"], 8, "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"),
+        (["--min_steps", "999"], 1, ""),
     ],
-)
-def test_too_little_memory_on_few_images(start, monkeypatch, least, line):
-    trainer, settings, training = start("model", "--min_steps", least)
+)  # fmt: skip
+def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch, flags, images, halves):
+    trainer, settings, training = start("model", *flags)
 
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(trainer, "training_step", run_out)
-    with pytest.raises(SystemExit, match=line):
+    half = f"{halves} need half of it and train the same"
+    line = f"CUDA out of memory; {half if halves else '--gradient_checkpointing true needs less'}"
+    with pytest.raises(SystemExit, match=f"error: {line}$"):
         fine_tune(trainer, settings, training)
-    if least == "20":  # what the line advises makes the same steps
-        other = start("halves", "--min_steps", least, *QUARTERS)[0]
-        assert images_a_step(other.args) == images_a_step(trainer.args) == 8
-        assert other.args.per_device_train_batch_size == 4
+    advised = start("halves", *flags, *halves.split())[0].args  # it makes the same steps
+    assert images_a_step(advised) == images_a_step(trainer.args) == images
+    assert advised.per_device_train_batch_size == max(1, trainer.args.per_device_train_batch_size // 2)
 
 
 def log_loss(logits, labels):

@@ -194,7 +194,7 @@ def patch_dropout(model, rate: float) -> None:
         kept = torch.nn.functional.pad(order, (1, 0))  # and the class token
         return tokens.gather(1, kept[..., None].expand(-1, -1, width))
 
-    model.vit.embeddings.register_forward_hook(drop)
+    model.base_model.embeddings.register_forward_hook(drop)
 
 
 def mix(trainer, cut: bool) -> None:

@@ -1715,12 +1715,13 @@ def epoch_log() -> TrainerCallback:
 
 
 @contextmanager
-def safe_checkpoints(trainer: Trainer, training: TrainingArguments) -> Iterator[TrainerCallback]:
+def safe_checkpoints(trainer: Trainer) -> Iterator[TrainerCallback]:
     """Inside the block each checkpoint lists its content, and Ctrl-C or SIGTERM saves one and ends training.
 
     Yields the callback that does it; its `stopped` is then true. Only a checkpoint that is listed replaces an
     older one; which is older its step says: the Trainer goes by the clock, which may be put back.
     """
+    training = trainer.args  # its own: they may be a copy, see `make_steps`
     output_dir, limit = Path(training.output_dir), training.save_total_limit
 
     class SafeCheckpoints(transformers.TrainerCallback):
@@ -1988,7 +1989,7 @@ def train(trainer: Trainer, training: TrainingArguments, last: Path | None) -> N
     count, where = images_a_step(trainer.args), f"{training.device} in {precision}"
     log.info("training on %s, images a step: %s, from %s", where, count, last or "the start")
     try:
-        with safe_checkpoints(trainer, training) as guard:
+        with safe_checkpoints(trainer) as guard:
             outcome = trainer.train(resume_from_checkpoint=last and str(last))
     except torch.OutOfMemoryError as problem:
         batch = trainer.args.per_device_train_batch_size // 2

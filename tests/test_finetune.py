@@ -524,6 +524,28 @@ def test_a_clock_that_goes_backwards_deletes_no_new_checkpoint(tmp_path, start):
     assert training.save_total_limit == 2
 
 
+@pytest.mark.parametrize("steps", ["0", "84"])
+def test_a_checkpoint_goes_only_after_a_newer_one_is_listed(tmp_path, start, steps):
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):  # saved, not listed yet: a kill now may damage it
+            found = {
+                int(path.parent.name[11:]) for path in (tmp_path / "model").glob("checkpoint-*/files.json")
+            }
+            seen.append((state.global_step, found))
+
+    first_is_best, seen = ["--metric_for_best_model", "loss", "--greater_is_better", "true"], []
+    trainer, settings, training = start("model", "--min_steps", steps, *first_is_best)
+    trainer.add_callback(Look())
+    fine_tune(trainer, settings, training)
+    assert len(seen) == 4
+    assert all(before in found for (before, _), (_, found) in zip(seen, seen[1:], strict=False))
+    assert {int(path.name[11:]) for path in (tmp_path / "model").glob("checkpoint-*")} == {
+        seen[0][0],
+        seen[3][0],
+    }
+    assert trainer.args.save_total_limit == 2
+
+
 def test_a_drive_that_fails_while_a_checkpoint_is_written_is_waited_for(tmp_path, start, monkeypatch):
     fine_tune(*start("whole"))
     trainer, settings, training = start("model")

@@ -1,8 +1,10 @@
 """Small images, a tiny ViT and a way to run the script, for all tests. Nothing here needs a network."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,14 +13,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as cores in each work
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
+from datasets import ClassLabel, Dataset, Features, Value
 from draw_sample import save_processor
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from story import RECIPES, REPOSITORY, ROOT, build_trainer, make_work, read_settings, story  # noqa: F401
+
+from steps.download import fetch_images
+from steps.duplicates import Scenes
+from steps.load import load_folder
+from steps.preprocess import keep_readable, prepare_pixels
+from steps.split import split_images
+from steps.workspace import Workspace, choose_checkpoint, pixel_shape
+
+
+def load_images(folder):
+    """The table of the class folders in `folder`, as step 3 makes it."""
+    with tempfile.TemporaryDirectory() as cache:
+        images = load_folder(Path(folder), Path(cache))
+        return images.from_dict(images.to_dict(), features=images.features)  # nothing is left in the cache
+
+
+def locate_images(settings):
+    """The folder that step 2 returns; the archive is kept in data_root, as it is everywhere but on Colab."""
+    return fetch_images(Workspace(settings, None, Path(settings.data_root)))[0]
+
+
+def left_over(root):
+    """The names of what lies in `root`, without hidden entries."""
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+
 
 SAMPLE = ("--config", "data/sample.yaml")
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
@@ -44,20 +73,124 @@ def draw(colour, rng, size=(40, 36)):
     return Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
 
 
+def draw_images(root, count, classes=tuple(COLOURS)):
+    """Fill a folder with `count` JPEGs per class and return it."""
+    rng = np.random.default_rng(0)
+    for index, label in enumerate(classes):
+        folder = root / label
+        folder.mkdir(parents=True)
+        for i in range(count):
+            draw(list(COLOURS.values())[index % 3], rng).save(folder / f"{i:03}.jpg", quality=90)
+    return root
+
+
 @pytest.fixture
 def make_images(tmp_path):
-    """Return a function that fills a folder with `count` JPEGs a class and returns the folder."""
+    """Return a function that fills a folder with `count` JPEGs per class and returns the folder."""
+    return lambda name="images", count=12, classes=tuple(COLOURS): draw_images(
+        tmp_path / name, count, classes
+    )
 
-    def make(name="images", count=12, classes=tuple(COLOURS)):
-        rng = np.random.default_rng(0)
-        for index, label in enumerate(classes):
-            folder = tmp_path / name / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                draw(list(COLOURS.values())[index % 3], rng).save(folder / f"{i:03}.jpg", quality=90)
-        return tmp_path / name
+
+class Training:
+    """Step 7 of the script on prepared images: its own code, with a hook on the Trainer that it builds."""
+
+    def __init__(self, work, processor, images, scenes, hook):
+        self.work, self.settings, self.training = work, work.settings, work.training
+        self.checkpoint, self.hook = choose_checkpoint(work), hook
+        self.splits = split_images(images, scenes, work)
+        self.values = {
+            "settings": self.settings, "training": self.training, "processor": processor,
+            "shape": pixel_shape(processor), "class_names": images.features["label"].names,
+        }  # fmt: skip
+        self.names = story(**self.values)
+
+    def fine_tune(self):
+        """Return the Trainer after the script's own `fine_tune`."""
+
+        class Trainer(transformers.Trainer):
+            def __init__(trainer, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.hook(trainer)
+
+        self.names["Trainer"] = Trainer
+        return self.names["fine_tune"](self.checkpoint, self.splits, self.training)
+
+    def build(self):
+        """Return the Trainer as `fine_tune` builds it, untrained."""
+        return build_trainer(self.checkpoint, self.splits, **self.values)
+
+
+@pytest.fixture(scope="session")
+def start_in(tmp_path_factory, tiny_vit):
+    """Return a function that gives a `Training` into a folder, on 20 images per class, each its own scene.
+
+    `hook` is called with the Trainer, once that is built.
+    """
+    root = tmp_path_factory.mktemp("prepared")
+    folder, processor = draw_images(root / "images", 20), ViTImageProcessor.from_pretrained(tiny_vit)
+    images = prepare_pixels(load_images(folder), folder, processor, root / "cache")
+    images = keep_readable(images, folder, root / "left_out.csv")
+    pairs = pd.DataFrame(columns=["file_a", "file_b", "distance", "label_a", "label_b"])
+    scenes = Scenes(pairs, pd.Series(range(len(images)), images["file"][:]))
+
+    def make(output_dir, *flags, checkpoint=tiny_vit, hook=lambda trainer: None):
+        work = make_work([
+            "--data_dir", folder, "--output_dir", output_dir, "--learning_rate", "5e-3",
+            "--num_train_epochs", "4", "--bf16", "false", "--report_to", "none",
+            "--per_device_train_batch_size", "16", "--min_steps", "0",
+            "--model_name_or_path", checkpoint, *flags,
+        ])  # fmt: skip
+        return Training(work, processor, images, scenes, hook)
 
     return make
+
+
+@pytest.fixture
+def start(tmp_path, start_in):
+    """Return `start_in` for a folder of this name in `tmp_path`."""
+    return lambda name, *flags, **options: start_in(tmp_path / name, *flags, **options)
+
+
+def weights(folder):
+    """The weights of a saved model, by name."""
+    return ViTForImageClassification.from_pretrained(folder).state_dict()
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def uncalibrated(folder):
+    """The weights before the head was divided by the temperature."""
+    model = ViTForImageClassification.from_pretrained(folder)
+    head = [name for name in model.state_dict() if name.startswith("classifier.")]
+    assert len(head) == 2
+    factor = dict.fromkeys(head, model.config.calibration_temperature)
+    return {name: value * factor.get(name, 1.0) for name, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def archive(tmp_path, make_images):
+    """A zip of three class folders in one root folder, as Kvasir's is."""
+    make_images("wrapped/endoscopy")
+    return shutil.make_archive(tmp_path / "endoscopy", "zip", tmp_path / "wrapped")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that were waited between attempts, without waiting them."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def right_flags(tmp_path):
+    """Flags that are right as they stand, so that a test can add one that is wrong."""
+    (tmp_path / "images").mkdir()
+    return ["--data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "model")]
 
 
 def run_script(*flags, launcher=()):
@@ -76,3 +209,23 @@ def run(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return {"flags": flags, "model": folder / "model", "data": folder / "data", "done": done,
             "seconds": time.perf_counter() - start}  # fmt: skip
+
+
+def predict_by_chance(names, n=60, right=0.7):
+    """A table of test predictions, each class about as often, `right` of them right."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(len(names)), n)
+    guesses = probabilities.argmax(1)
+    labels = np.where(rng.random(n) < right, guesses, rng.integers(0, len(names), n))
+    table = {"file": [f"x/{row}.jpg" for row in range(n)], "split": "test"}
+    table |= {"label": np.array(names)[labels], "prediction": np.array(names)[guesses]}
+    return pd.concat([pd.DataFrame(table), pd.DataFrame(probabilities, columns=names)], axis=1)
+
+
+def draw_pixels(names, n=60):
+    """A table of prepared images of noise for `predict_by_chance`, and their pixels (n, 3, 32, 32)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+    rows = {"file": [f"x/{row}.jpg" for row in range(n)], "label": [row % len(names) for row in range(n)]}
+    kinds = {"file": Value("string"), "label": ClassLabel(names=names), "pixel_values": Value("binary")}
+    rows["pixel_values"] = [picture.tobytes() for picture in pixels]
+    return Dataset.from_dict(rows, features=Features(kinds)), pixels

@@ -19,12 +19,14 @@ import pytest
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
-# Starts runs without their seconds of imports: a fresh process that has imported all, and forks for each line
-# of flags. A process that never used torch's threads may be forked.
+# Starts runs without their seconds of imports: a fresh process that has imported the rooms, and so all that
+# they import, and forks for each line of flags. A process that never used torch's threads may be forked.
 SERVER = """
-import json, os, resource, runpy, sys
-import datasets, evaluate, matplotlib.figure, pandas, scipy.optimize, sklearn.metrics, torch, transformers
-from transformers import AutoConfig, Trainer, ViTForImageClassification, ViTImageProcessor
+import importlib, json, os, pkgutil, resource, runpy, sys
+import steps
+from transformers import AutoConfig, Trainer, ViTForImageClassification, ViTImageProcessor, pipeline
+for room in pkgutil.iter_modules(steps.__path__):
+    importlib.import_module(f"steps.{room.name}")
 for line in sys.stdin:
     flags, output, largest_file = json.loads(line)
     child = os.fork()
@@ -181,7 +183,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(tmp_path, fla
 
 
 # What Colab has that matters here: a package google.colab, and Drive as a mounted folder, which is slow and
-# fails at times. The mount point is that of the copy of the script, see `on_colab`.
+# fails at times. The mount point is that of the copy of the rooms, see `on_colab`.
 COLAB = """
 import errno, io, os, random, sys, time
 DRIVE, FAILS = {drive!r}, random.Random(0)
@@ -218,11 +220,15 @@ def on_colab(tmp_path):
     for folder in (packages / "google" / "colab", work / "data"):
         folder.mkdir(parents=True)
     (packages / "google" / "colab" / "__init__.py").touch()
-    text = (ROOT / "finetune_vit.py").read_text()
-    assert text.count('"/content/drive"') == 1
-    (work / "finetune_vit.py").write_text(text.replace('"/content/drive"', repr(str(drive))))
-    for name in ("model_card.md", "app.py", "sample.zip"):
-        shutil.copy(ROOT / "data" / name, work / "data")
+    shutil.copy(ROOT / "finetune_vit.py", work)
+    shutil.copytree(ROOT / "steps", work / "steps", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "data" / "sample.zip", work / "data")
+    sources = [work / "finetune_vit.py", *(work / "steps").rglob("*.py")]
+    assert "".join(path.read_text() for path in sources).count('"/content/drive"') == 1
+    room = work / "steps" / "workspace.py"
+    text = room.read_text()
+    assert text.count('DRIVE = Path("/content/drive")') == 1
+    room.write_text(text.replace('"/content/drive"', repr(str(drive))))
 
     def run(*flags, mounted=True, rate=0.0):
         if mounted:

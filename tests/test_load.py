@@ -2,11 +2,15 @@
 
 import json
 import logging
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+from conftest import COLOURS, ROOT, load_images, make_work
 
-from finetune_vit import KVASIR, load_images, record_data
+from steps.download import fetch_images
+from steps.load import KVASIR, find_images, record_data
 
 
 def names(images):
@@ -96,8 +100,20 @@ def test_folders_that_mislead_are_refused(tmp_path, make_images, damage, message
     assert "\n" not in str(stopped.value)
 
 
+@pytest.fixture
+def recorded(tmp_path):
+    """Return a function that records the images of a folder, and returns `data` of settings.json."""
+
+    def record(folder, origin=None, flags=(), model="model"):
+        work = make_work(["--data_dir", folder, "--output_dir", tmp_path / model, *flags])
+        record_data(load_images(folder), Path(folder), origin or {}, work)
+        return json.loads((tmp_path / model / "settings.json").read_text())["data"]
+
+    return record
+
+
 @pytest.mark.parametrize("count, complete", [(1000, True), (2, False)])
-def test_kvasir_is_counted(tmp_path, make_images, caplog, count, complete):
+def test_kvasir_is_counted(make_images, recorded, caplog, count, complete):
     folder = make_images("kvasir-dataset-v2", 1, KVASIR["classes"])
     jpeg = (folder / "polyps" / "000.jpg").read_bytes()
     for label in KVASIR["classes"]:
@@ -106,10 +122,65 @@ def test_kvasir_is_counted(tmp_path, make_images, caplog, count, complete):
     if not complete:
         shutil.rmtree(folder / "esophagitis")
     with caplog.at_level(logging.WARNING, "finetune_vit"):
-        load_images(folder)
+        data = recorded(folder)
     assert bool(caplog.messages) is not complete
+    assert data["kvasir"] is True and data["endoscopy"] is True
     if not complete:
         assert "'esophagitis': 1000" in caplog.text and "'polyps': 998" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, classes, kvasir",
+    [
+        ("colon", KVASIR["classes"], True),
+        ("colon", KVASIR["classes"][2:5], True),
+        ("kvasir-dataset-v2", tuple(COLOURS), False),
+        ("kvasir-dataset-v2", KVASIR["classes"][:2], False),  # polyps or not: two classes are anyone's
+        ("kvasir-dataset-v2", [*KVASIR["classes"], "polyps-2"], False),
+        ("kvasir-dataset-v2", [name.upper() for name in KVASIR["classes"]], False),
+    ],
+)
+def test_kvasir_is_known_by_its_classes(make_images, recorded, caplog, name, classes, kvasir):
+    data = recorded(make_images(name, 1, classes))
+    assert (data["name"], data["kvasir"], data["endoscopy"]) == (name, kvasir, kvasir)
+    assert ("Kvasir v2 has 8 classes" in caplog.text) is kvasir
+
+
+def test_kvasir_is_known_by_its_address(make_images, recorded):
+    folder = make_images()
+    origin = {"url": "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip", "sha256": "0" * 64}
+    data = recorded(folder, origin)
+    assert data["kvasir"] is True and data["endoscopy"] is True
+    data = recorded(folder, origin | {"url": "https://example.org/kvasir-dataset-v2.zip"}, model="other")
+    assert data["kvasir"] is False and data["endoscopy"] is False
+
+
+@pytest.mark.parametrize("name", ["sample", "kvasir-dataset-v2"])
+def test_the_drawn_sample_is_not_kvasir(tmp_path, caplog, name):
+    archive = shutil.copy(ROOT / "data" / "sample.zip", tmp_path / f"{name}.zip")
+    flags = ["--data_url", archive, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model"]
+    work = make_work(flags)
+    folder, origin = fetch_images(work)
+    images = load_images(folder)
+    assert images.features["label"].names == KVASIR["classes"]  # which it borrows
+    record_data(images, folder, origin, work)
+    data = json.loads((tmp_path / "model" / "settings.json").read_text())["data"]
+    assert data["kvasir"] is False and data["images"] == len(images)
+    assert "Kvasir" not in caplog.text
+
+
+def test_other_images_may_be_called_endoscopic(make_images, recorded):
+    folder = make_images()
+    assert recorded(folder)["endoscopy"] is False
+    data = recorded(folder, flags=["--endoscopy"], model="other")
+    assert data["endoscopy"] is True and data["kvasir"] is False
+
+
+def test_endoscopy_may_be_said_after_a_first_run(make_images, recorded):
+    """It is one of the settings that two runs in one folder may differ in, so it must take effect."""
+    folder = make_images()
+    assert recorded(folder)["endoscopy"] is False
+    assert recorded(folder, flags=["--endoscopy"])["endoscopy"] is True
 
 
 def test_class_folders_may_be_links(tmp_path, make_images):
@@ -143,13 +214,42 @@ def test_folders_with_odd_names_are_loaded(tmp_path, make_images, name):
     assert len(load_images(make_images(name, count=2))) == 6
 
 
-def test_results_of_other_images_are_not_mixed_in(tmp_path, make_images):
-    folder, output_dir = make_images(count=3), tmp_path / "model"
+@pytest.mark.parametrize("trained", ["checkpoint-3", "model.safetensors"])
+def test_results_of_other_images_are_not_mixed_in(tmp_path, make_images, recorded, trained):
+    folder, model = make_images(count=3), tmp_path / "model"
     origin = {"bytes": 7, "sha256": "0" * 64, "mtime_ns": 1}
     for _ in range(2):
-        record_data(load_images(folder), folder, origin, output_dir)
-    data = json.loads((output_dir / "settings.json").read_text())["data"]
+        data = recorded(folder, origin)
     assert data["images"] == 9 and data["archive_sha256"] == "0" * 64 and data["archive_bytes"] == 7
+    (model / trained).mkdir()
+    assert recorded(folder, origin) == data
     (folder / "red" / "000.jpg").write_bytes(b"other")
     with pytest.raises(SystemExit, match="made from other images than those in .*; use another --output_dir"):
-        record_data(load_images(folder), folder, {}, output_dir)
+        recorded(folder)
+    assert json.loads((model / "settings.json").read_text())["data"] == data
+
+
+def test_other_images_before_training_make_the_split_anew(tmp_path, make_images, recorded):
+    folder, report = make_images(count=3), tmp_path / "model" / "report"
+    before = recorded(folder)
+    report.mkdir()
+    for name in ("split.csv", "near_duplicates.csv"):
+        (report / name).touch()
+    recorded(folder)
+    assert len([*report.iterdir()]) == 2  # the same images: nothing is made again
+    (folder / "red" / "000.jpg").write_bytes(b"other")
+    assert recorded(folder)["files_sha256"] != before["files_sha256"]
+    assert not [*report.iterdir()]
+
+
+@pytest.mark.parametrize("ending", [".dcm", ".heic", ".nii", ".svs", ".CR2"])
+def test_a_folder_of_other_kinds_of_images_says_which(tmp_path, make_images, ending):
+    folder = make_images(count=2)
+    for path in folder.glob("*/*.jpg"):
+        path.rename(path.with_suffix(ending))
+    (folder / "red" / "notes.txt").write_text("no image")
+    with pytest.raises(SystemExit, match="^error: no images in .*images; .+; give a folder that") as stopped:
+        find_images(folder)
+    line = str(stopped.value)
+    assert f"{ending.lower()} files, which Pillow does not read here" in line and "txt" not in line
+    assert re.search(r"\b6\b", line.split(";")[1]) and "\n" not in line  # how many

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import story
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from finetune_vit import augment, load_model
+from steps.model import augment
+from steps.options import Settings
 
 NAMES = ["blue", "green", "red"]
 
@@ -20,8 +23,14 @@ def processor(tiny_vit):
     return ViTImageProcessor.from_pretrained(tiny_vit)
 
 
-def load(checkpoint, processor, names=NAMES, seed=42):
-    return load_model(str(checkpoint), names, processor, seed)
+def make(checkpoint, processor, names=NAMES, seed=42, augment=""):
+    """Return what the script's own `make_model` returns: the model and whether its head is new."""
+    values = {"settings": Settings(augment=augment), "training": SimpleNamespace(seed=seed)}
+    return story(processor=processor, class_names=names, **values)["make_model"](str(checkpoint))
+
+
+def load(*args, **options):
+    return make(*args, **options)[0]
 
 
 def test_weights_are_float32_and_the_head_is_ours(tiny_vit, processor):
@@ -45,7 +54,8 @@ def test_the_new_head_follows_the_seed(tiny_vit, processor):
 def test_a_head_is_kept_only_for_the_same_classes_in_order(tmp_path, tiny_vit, processor, names, kept):
     model = load(tiny_vit, processor)
     model.save_pretrained(tmp_path)
-    again = load(tmp_path, processor, names, seed=3)
+    again, new_head = make(tmp_path, processor, names, seed=3)
+    assert new_head is not kept
     assert torch.equal(again.classifier.weight, model.classifier.weight) is kept
 
 
@@ -122,7 +132,7 @@ def test_colours_change_by_a_fifth_at_most():
 
 def test_images_vary_while_the_model_trains_and_only_then(tiny_vit, processor):
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8))
-    varied = load_model(str(tiny_vit), NAMES, processor, 42, "flip,turn,crop,colour")
+    varied = load(tiny_vit, processor, augment="flip,turn,crop,colour")
     plain, seen = load(tiny_vit, processor), []
     varied.vit.embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     plain.vit.embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -11,17 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import PIL.ImageOps
 import pytest
 import torch
-from conftest import draw
+from conftest import draw, load_images
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from draw_sample import save_processor
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-import finetune_vit
-from finetune_vit import collate, keep_readable, load_images, normalise_on_device, pixel_shape, prepare_pixels
-from finetune_vit import read_rgb, resize
+from steps import preprocess
+from steps.model import normalise_on_device
+from steps.preprocess import Collator, decode_files, keep_readable, prepare_pixels, read_rgb, resize
+from steps.workspace import pixel_shape
 
 PROCESSORS = {  # those of the two checkpoints that we develop with
     "bilinear, 0.5": {"resample": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
@@ -57,6 +61,26 @@ def prepare(folder, processor, cache):
     return prepare_pixels(load_images(folder), folder, processor, cache)
 
 
+@pytest.fixture
+def kept(tmp_path, processor):
+    """Return a function that prepares the images of a folder, and returns those that can be read."""
+
+    def keep(folder, cache=tmp_path / "cache"):
+        return keep_readable(prepare(folder, processor, cache), folder, tmp_path / "report" / "left_out.csv")
+
+    return keep
+
+
+def left_out(tmp_path):
+    """What left_out.csv says: {file: reason}; nothing if it is not there."""
+    path = tmp_path / "report" / "left_out.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    assert [*table.columns] == ["file", "reason"] and table["file"].is_unique
+    return dict(zip(table["file"], table["reason"], strict=True))
+
+
 @pytest.mark.parametrize("numbers", PROCESSORS.values(), ids=PROCESSORS)
 def test_pixels_reach_the_model_as_the_processor_makes_them(tmp_path, kinds, numbers):
     save_processor(tmp_path, 224, **numbers)
@@ -66,7 +90,7 @@ def test_pixels_reach_the_model_as_the_processor_makes_them(tmp_path, kinds, num
     normalise_on_device(model, processor)
     seen = []
     model.vit.embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    batch = collate(list(pixels), pixel_shape(processor))
+    batch = Collator(pixel_shape(processor))(list(pixels))
     assert batch["pixel_values"].dtype == torch.uint8 and batch["labels"].tolist() == pixels["label"][:]
     with torch.no_grad():
         model(pixel_values=batch["pixel_values"])
@@ -85,29 +109,52 @@ def test_a_photo_becomes_what_the_processor_makes_of_it(tmp_path, size, resample
     with Image.open(path) as image:
         rgb = read_rgb(image, io.BytesIO(path.read_bytes()))
         assert np.array_equal(rgb, np.array(image.convert("RGB")))
-        theirs = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][
-            0
-        ]
+        theirs = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+        theirs = theirs["pixel_values"][0]
     levels = (resize(rgb, processor).int() - theirs.int()).abs()
     assert levels.max() <= 1 and levels.float().mean() < 0.01
 
 
-def test_preparing_leaves_the_threads_of_torch_alone(tmp_path, make_images, processor):
+@pytest.fixture
+def three_threads():
+    """Torch has three threads in the test, and afterwards as many as before."""
     before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_preparing_leaves_the_threads_of_torch_alone(tmp_path, make_images, processor, three_threads):
     prepare(make_images(), processor, tmp_path / "cache")
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 3
 
 
-def test_other_kinds_of_image_are_converted_and_counted(tmp_path, kinds, processor, caplog):
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_an_error_leaves_the_threads_of_torch_alone(
+    make_images, processor, monkeypatch, three_threads, error
+):
+    seen = []
+
+    def fail(path, processor):
+        seen.append(torch.get_num_threads())
+        raise error
+
+    monkeypatch.setattr(preprocess, "decode_file", fail)
+    with pytest.raises(type(error)):
+        decode_files(["red/000.jpg"], make_images(count=1), processor)
+    assert seen == [1] and torch.get_num_threads() == 3
+
+
+def test_other_kinds_of_image_are_converted_and_counted(tmp_path, kinds, kept, caplog):
     with caplog.at_level(logging.INFO, "finetune_vit"):
-        readable = keep_readable(prepare(kinds, processor, tmp_path / "cache"))
+        readable = kept(kinds)
     assert len(readable) == len([path for path in kinds.rglob("*") if path.is_file()]) >= 8
     for mode in ("L", "CMYK", "P", "RGBA", "1"):
         assert f"converted to RGB: 1 of mode {mode}" in caplog.text
-    assert "left out" not in caplog.text
+    assert "left out" not in caplog.text and not left_out(tmp_path)
 
 
-def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, processor, caplog):
+def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, kept, caplog):
     folder = make_images(count=5)
     whole = (folder / "red" / "000.jpg").read_bytes()
     half = whole[: len(whole) // 2]
@@ -115,11 +162,11 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, processo
     for name, content in bad.items():
         (folder / "red" / name).write_bytes(content)
     with caplog.at_level(logging.WARNING, "finetune_vit"):
-        pixels = keep_readable(prepare(folder, processor, tmp_path / "cache"))
+        pixels = kept(folder)
     assert len(pixels) == 15 and not set(pixels["file"]) & {f"red/{name}" for name in bad}
-    assert sorted(message.split()[3] for message in caplog.messages) == sorted(
-        repr(f"red/{name}") for name in bad
-    )
+    assert left_out(tmp_path).keys() == {f"red/{name}" for name in bad} and all(left_out(tmp_path).values())
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("4 of 19 files left out: ")
+    assert caplog.messages[0].endswith(f"; see {tmp_path}/report/left_out.csv")
     assert None not in pixels["pixel_values"][:]
 
 
@@ -127,9 +174,9 @@ def test_cache_is_used_until_something_changes(tmp_path, make_images, processor,
     folder, cache = make_images(count=3), tmp_path / "cache"
     first = prepare(folder, processor, cache)
     calls = []
-    decode = finetune_vit.decode_files
+    decode = preprocess.decode_files
     monkeypatch.setattr(
-        finetune_vit, "decode_files", lambda files, **more: calls.extend(files) or decode(files, **more)
+        preprocess, "decode_files", lambda files, **more: calls.extend(files) or decode(files, **more)
     )
     again = prepare(folder, processor, cache)
     assert not calls and again[:] == first[:]
@@ -163,9 +210,9 @@ def test_interrupted_preparation_leaves_no_cache(tmp_path, make_images, processo
             raise KeyboardInterrupt
         return decode(path, processor)
 
-    decode = finetune_vit.decode_file
+    decode = preprocess.decode_file
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune_vit, "decode_file", interrupt)
+        patch.setattr(preprocess, "decode_file", interrupt)
         prepare(folder, processor, cache)
     assert not list(cache.glob("pixels-*"))
     assert len(prepare(folder, processor, cache)) == 9
@@ -204,12 +251,116 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_what_would_be_read_wrong_is_left_out_by_name(tmp_path, make_images, processor, caplog, name):
+def test_what_would_be_read_wrong_is_left_out_by_name(tmp_path, make_images, kept, caplog, name):
     folder, (write, reason) = make_images(count=3), LEFT_OUT[name]
     write(folder / "red" / name)
-    pixels = keep_readable(prepare(folder, processor, tmp_path / "cache"))
+    pixels = kept(folder)
     assert len(pixels) == 9
-    assert len(caplog.messages) == 1 and repr(f"red/{name}") in caplog.text and reason in caplog.text
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 files left out: ")
+    assert left_out(tmp_path).keys() == {f"red/{name}"} and reason in left_out(tmp_path)[f"red/{name}"]
+
+
+SAYS = r"^{} of {} files left out: {}; see .*/report/left_out\.csv$"
+DEEP = "more than 8 bits per channel: convert them, `pipeline` would cut them off at 255"
+
+
+def test_many_files_that_are_left_out_are_one_line(tmp_path, make_images, kept, caplog):
+    folder, (write, reason) = make_images(count=5), LEFT_OUT["deep.png"]
+    for i in range(20):
+        write(folder / "red" / f"deep {i:02}.png")
+    with caplog.at_level(logging.INFO, "finetune_vit"):
+        assert len(kept(folder)) == 15
+    assert len(caplog.messages) == 1 and re.match(SAYS.format(20, 35, DEEP), caplog.messages[0])
+    assert left_out(tmp_path).keys() == {f"red/deep {i:02}.png" for i in range(20)}
+    assert all(reason in text for text in left_out(tmp_path).values())
+
+
+def test_damaged_files_are_counted_together_wherever_they_are_cut(tmp_path, make_images, kept, caplog):
+    folder = make_images(count=5)
+    whole = (folder / "red" / "000.jpg").read_bytes()
+    for size in range(1, 9):
+        (folder / "red" / f"cut {size}.jpg").write_bytes(whole[: -100 * size - size])
+    assert len(kept(folder)) == 15
+    assert len({*left_out(tmp_path).values()}) > 1  # "image file is truncated (17 bytes not processed)"
+    assert len(caplog.messages) == 1
+    assert re.match(SAYS.format(8, 23, "image file is truncated [^,]*"), caplog.messages[0])
+
+
+def test_if_nothing_is_left_that_is_one_error_line(tmp_path, make_images, kept, caplog):
+    folder, (write, _) = make_images(count=4), LEFT_OUT["deep.png"]
+    for path in [*folder.glob("*/*.jpg")]:
+        write(path.with_suffix(".png"))
+        path.unlink()
+    line = f"error: none of the images in {folder} can be read: {DEEP}; "
+    line += f"see {tmp_path}/report/left_out.csv"
+    with pytest.raises(SystemExit, match=f"^{re.escape(line)}$"):
+        kept(folder)
+    assert not caplog.messages  # the error line says it all
+    assert len(left_out(tmp_path)) == 12
+
+
+def test_kinds_that_pillow_does_not_read_are_counted_and_named(tmp_path, make_images, kept, caplog):
+    folder = make_images(count=3)
+    for name in ("a.dcm", "b.DCM", "c.heic", "d.cr2", "notes.txt", "Thumbs.db", ".hidden.dcm"):
+        (folder / "red" / name).write_bytes(b"x")
+    (folder / "red" / "e.jpg").write_bytes(b"")
+    assert len(kept(folder)) == 9
+    text = "which Pillow does not read here"
+    expected = {"a.dcm": ".dcm", "b.DCM": ".dcm", "c.heic": ".heic", "d.cr2": ".cr2"}
+    named = left_out(tmp_path)
+    assert "cannot identify" in named.pop("red/e.jpg")
+    assert named == {f"red/{name}": f"{ending} files, {text}" for name, ending in expected.items()}
+    assert len(caplog.messages) == 1
+    most = rf"\.dcm files, {text} \(2\), \.(heic|cr2) files, {text} \(1\), .+ \(1\)"
+    assert re.match(SAYS.format(5, 14, most), caplog.messages[0])
+
+
+def test_the_list_of_what_is_left_out_is_written_when_it_changes(tmp_path, make_images, kept):
+    folder, path = make_images(count=3), tmp_path / "report" / "left_out.csv"
+    names = ["NA.dcm", "1.dcm", 'quo"te, comma.dcm', "new\nline.dcm", "\udcff.dcm"]
+    for name in names:
+        (folder / "red" / name).write_bytes(b"x")
+    (folder / "red" / "empty.jpg").write_bytes(b"")
+    kept(folder)
+    before = path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()
+    kept(folder)
+    assert before == (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes())
+    (folder / "red" / "empty.jpg").unlink()
+    kept(folder)
+    assert left_out(tmp_path).keys() == {"red/" + name.replace("\udcff", "\\udcff") for name in names}
+    for name in names:
+        (folder / "red" / name).unlink()
+    kept(folder)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("ending", ["mpo", "avif", "qoi"])
+def test_kinds_that_pillow_reads_are_taken(tmp_path, make_images, processor, kept, caplog, ending):
+    """`datasets` does not know them: its list is older than Pillow."""
+    folder = make_images(count=3)
+    path = folder / "red" / f"photo.{ending.upper() if ending == 'qoi' else ending}"
+    photo = draw((90, 140, 200), np.random.default_rng(1), (300, 211))
+    if ending == "mpo":  # two pictures, as a stereo camera takes them: the first one counts
+        photo.save(path, save_all=True, append_images=[Image.new("RGB", photo.size)])
+    else:
+        photo.save(path)
+    with Image.open(path) as image:
+        theirs = np.array(image.convert("RGB"))
+        assert image.format == ending.upper() and abs(theirs.mean(axis=(0, 1)) - (90, 140, 200)).max() < 5
+        assert np.array_equal(read_rgb(image, io.BytesIO(path.read_bytes())), theirs)
+    images = kept(folder)
+    row = images[images["file"][:].index(f"red/{path.name}")]
+    assert row["pixel_values"] == resize(theirs, processor).numpy().tobytes()
+    assert len(images) == 10 and not caplog.messages and not left_out(tmp_path)
+
+
+def test_an_ending_that_this_pillow_lacks_is_counted(tmp_path, make_images, kept, monkeypatch):
+    folder = make_images(count=3)
+    monkeypatch.setattr(ImageFolder, "EXTENSIONS", [*{*ImageFolder.EXTENSIONS} - {".avif", ".avifs"}])
+    monkeypatch.delitem(PIL.Image.OPEN, "AVIF")
+    Image.new("RGB", (40, 36)).save(folder / "red" / "photo.avif")
+    assert len(kept(folder)) == 9
+    assert left_out(tmp_path) == {"red/photo.avif": ".avif files, which Pillow does not read here"}
 
 
 def test_an_animation_is_its_first_frame(tmp_path, make_images, processor):
@@ -227,17 +378,17 @@ HOSTILE_NAMES = [
 ]  # fmt: skip
 
 
-def test_hostile_file_names_are_read(tmp_path, make_images, processor):
+def test_hostile_file_names_are_read(make_images, kept):
     folder = make_images(count=3)
     for name in HOSTILE_NAMES:
         shutil.copy(folder / "red" / "000.jpg", os.path.join(os.fsencode(folder / "red"), name))
-    pixels = keep_readable(prepare(folder, processor, tmp_path / "cache"))
+    pixels = kept(folder)
     assert {f"red/{name.decode()}" for name in HOSTILE_NAMES} <= set(pixels["file"])
     assert len(pixels) == 9 + len(HOSTILE_NAMES)
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"x.zip::y.jpg", b"gone.jpg", b"pipe.jpg"])
-def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, processor, caplog, name):
+def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, kept, caplog, name):
     folder = make_images(count=3)
     path = os.path.join(os.fsencode(folder / "red"), name)
     if name == b"gone.jpg":
@@ -246,12 +397,15 @@ def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, 
         os.mkfifo(path)
     else:
         shutil.copy(folder / "red" / "000.jpg", path)
-    assert len(keep_readable(prepare(folder, processor, tmp_path / "cache"))) == 9
-    assert len(caplog.messages) == 1 and repr(os.fsdecode(name))[1:-1] in caplog.text
+    assert len(kept(folder)) == 9
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 files left out: ")
+    reason = "dead links or not files" if name in (b"gone.jpg", b"pipe.jpg") else "with a name that `datasets`"
+    ((file, text),) = left_out(tmp_path).items()
+    assert file == "red/" + repr(os.fsdecode(name))[1:-1] and text.startswith(reason)
 
 
 def test_a_read_error_that_passes_is_not_kept_as_a_damaged_image(
-    tmp_path, make_images, processor, monkeypatch
+    tmp_path, make_images, processor, kept, monkeypatch
 ):
     folder, cache, waits = make_images(count=3), tmp_path / "cache", []
     read, failures = Path.read_bytes, [True, True]
@@ -261,10 +415,10 @@ def test_a_read_error_that_passes_is_not_kept_as_a_damaged_image(
             raise OSError(errno.EIO, "Input/output error", str(path))
         return read(path)
 
-    monkeypatch.setattr(finetune_vit.time, "sleep", waits.append)
+    monkeypatch.setattr(preprocess.time, "sleep", waits.append)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", fail)
-        assert len(keep_readable(prepare(folder, processor, cache))) == 9
+        assert len(kept(folder, cache)) == 9
     assert waits == [1, 2] or sorted(waits) == [1, 1]
 
     failures[:] = [True] * 99  # it does not pass: no cache, and the next run reads everything
@@ -272,14 +426,14 @@ def test_a_read_error_that_passes_is_not_kept_as_a_damaged_image(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
         patch.setattr(Path, "read_bytes", fail)
         prepare(folder, processor, cache)
-    assert len(keep_readable(prepare(folder, processor, cache))) == 9
+    assert len(kept(folder, cache)) == 9
 
 
 def test_a_cache_of_an_older_version_is_not_used(tmp_path, make_images, processor, monkeypatch):
     folder, cache = make_images(count=3), tmp_path / "cache"
     first = prepare(folder, processor, cache)["pixel_values"][0]
-    resize = finetune_vit.resize
-    monkeypatch.setattr(finetune_vit, "resize", lambda rgb, processor: 255 - resize(rgb, processor))
+    resize = preprocess.resize
+    monkeypatch.setattr(preprocess, "resize", lambda rgb, processor: 255 - resize(rgb, processor))
     other = prepare(folder, processor, cache)["pixel_values"][0]
     assert bytes(255 - value for value in other) == first
 

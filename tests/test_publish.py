@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import COLOURS, ROOT, draw
 from hub_server import READER, WRITER, Fault, HubServer
 from transformers import pipeline
 
-from finetune_vit import PUBLISHED, open_hub, push, read_back
+from steps.publish import PUBLISHED, open_hub, push, read_back
+from steps.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 CHARTS = {"confusion_matrix.png", "per_class.png", "reliability.png", "training_curves.png"}
@@ -28,13 +31,12 @@ def server():
         yield server
 
 
-def run_with_hub(server, tmp_path, *flags, token=WRITER):
+def run_with_hub(server, tmp_path, *flags, token=WRITER, cwd=ROOT):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, ROOT / "finetune_vit.py", *map(str, flags)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment | {"HF_TOKEN": token}
-    )
+    environment |= {"HF_TOKEN": token}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
     assert WRITER not in done.stdout + done.stderr
     return done
 
@@ -46,7 +48,7 @@ def finished(run, tmp_path):
     return [*run["flags"][:-1], tmp_path / "model", "--push_to_hub", "--hub_model_id", "me/sample-vit"]
 
 
-def test_published_model_is_read_back_and_the_card_says_so(server, finished, tmp_path):
+def test_published_model_is_read_back_and_the_card_says_so(server, run, finished, tmp_path):
     done = run_with_hub(
         server, tmp_path, *finished, "--hub_private_repo", "true", "--hub_space_id", "me/page"
     )
@@ -70,10 +72,12 @@ def test_published_model_is_read_back_and_the_card_says_so(server, finished, tmp
     assert f"read back: {n} of 32 predictions agree" in done.stdout
 
     published = b"".join(content for name, content in files.items() if not name.endswith(".safetensors"))
-    for secret in (WRITER, str(tmp_path), str(ROOT)):
+    for secret in (WRITER, str(tmp_path), str(ROOT), str(run["model"].parent)):
         assert secret.encode() not in published
     page = server.files("me/page", kind="space")
-    assert b"MODEL = 'me/sample-vit'" in page["app.py"] and b"sdk: gradio" in page["README.md"]
+    assert json.loads(page["model.json"]) == {"model": "me/sample-vit", "revision": None}
+    assert page["app.py"] == (ROOT / "steps" / "templates" / "app.py").read_bytes()
+    assert b"sdk: gradio" in page["README.md"]
     assert len([name for name in page if name.startswith("examples/")]) == 8
 
     commits, received = len(repo.history), server.received
@@ -130,15 +134,21 @@ def wish(tmp_path):
         "hub_private_repo": None,
         "hub_revision": None,
     }
-    return SimpleNamespace(output_dir=str(tmp_path / "model"), **training), SimpleNamespace(hub_space_id=None)
+    training = SimpleNamespace(output_dir=str(tmp_path / "model"), **training)
+    return Workspace(SimpleNamespace(hub_space_id=None), training, tmp_path)
 
 
 def test_new_names_are_made_before_training(client, wish):
-    training, settings = wish
-    training.hub_model_id, settings.hub_space_id = None, "me/page"
-    assert open_hub(training, settings) == "me/model" and not training.push_to_hub
+    wish.training.hub_model_id, wish.settings.hub_space_id = None, "me/page"
+    assert open_hub(wish) == "me/model" and not wish.training.push_to_hub
     assert set(client.repos) == {("model", "me/model"), ("space", "me/page")}
-    assert open_hub(training, settings) == "me/model"  # empty still
+    wish.training.push_to_hub = True
+    assert open_hub(wish) == "me/model"  # empty still
+
+
+def test_without_the_wish_the_hub_is_not_asked(client, wish):
+    wish.training.push_to_hub = False
+    assert open_hub(wish) == "" and not client.requests
 
 
 @pytest.mark.parametrize(
@@ -164,20 +174,16 @@ def test_what_would_fail_later_is_found_before_training(client, wish, monkeypatc
     monkeypatch.setattr(
         "huggingface_hub.get_token", lambda: os.environ.get("HF_TOKEN")
     )  # not the login cache
-    training, settings = wish
     client.create("me/taken").commit("main", {"model.safetensors": b"of someone"}, "mine")
-    settings.server = client
-    change(training, settings, monkeypatch)
+    wish.settings.server = client
+    change(wish.training, wish.settings, monkeypatch)
     if said == "Connection refused":
         client.server.shutdown()
         huggingface_hub.close_session()  # its kept connection
     with pytest.raises(SystemExit, match=re.escape(said)) as error:
-        open_hub(training, settings)
-    assert (
-        "\n" not in str(error.value)
-        and str(error.value).startswith("error: ")
-        and "hf_" not in str(error.value)
-    )
+        open_hub(wish)
+    text = str(error.value)
+    assert "\n" not in text and text.startswith("error: ") and "hf_" not in text
 
 
 def test_check_comes_before_training_and_before_the_download(server, tmp_path):
@@ -219,10 +225,10 @@ def test_upload_outlives_a_fault_anywhere(client, folder, where, status):
     fault = Fault(method, where, times=2) if status == "cut" else Fault(method, where, status, times=2)
     fault.cut = 5 if status == "cut" else None
     client.faults = [fault]
-    push(folder, "me/model")
+    push(folder, "me/model", allow_patterns=PUBLISHED)
     assert fault.times == 0 and len(client.repos["model", "me/model"].history) == 2  # in one commit
     assert set(client.files("me/model")) == {".gitattributes", *PUBLISHED}
-    push(folder, "me/model")
+    push(folder, "me/model", allow_patterns=PUBLISHED)
     assert len(client.repos["model", "me/model"].history) == 2
 
 
@@ -231,7 +237,7 @@ def test_upload_that_keeps_failing_ends_in_one_line(client, folder, status, capl
     client.create("me/model")
     client.faults = [Fault("POST", "/commit/", status, times=99)]
     with pytest.raises(SystemExit, match=f"cannot push to me/model: .*{status}.*all is safe in"):
-        push(folder, "me/model")
+        push(folder, "me/model", allow_patterns=PUBLISHED)
     assert client.faults[0].times == (93 if status == 500 else 98)  # six attempts, or one
     assert len(client.repos["model", "me/model"].history) == 1  # nothing half done
     assert all("\n" not in record.getMessage() for record in caplog.records)
@@ -240,20 +246,21 @@ def test_upload_that_keeps_failing_ends_in_one_line(client, folder, status, capl
 def test_answers_of_another_model_are_noticed(client, run, tmp_path):
     """The weights on the Hub are changed behind our back."""
     table = pd.read_csv(run["model"] / "report" / "predictions.csv")
-    tested, images = table[table["split"] == "test"], run["data"] / "sample" / "sample"
-    device = SimpleNamespace(device="cpu")
+    images = run["data"] / "sample" / "sample"
+    tested = table[table["split"] == "test"]
+    tested = tested.assign(path=[str(images / file) for file in tested["file"]])
     repo = client.create("me/model")
     files = {name: (run["model"] / name).read_bytes() for name in PUBLISHED[:3]}
     good = repo.commit("main", files, "ours")
-    found = read_back("me/model", good, tested, images, device)
+    found = read_back("me/model", good, tested, "cpu")
     assert found["images"] == 32 and found["agreeing"] >= 31 and found["largest_difference"] < 0.05
     weights = bytearray(files["model.safetensors"])
     weights[-40_000:] = bytes(40_000)
     bad = repo.commit("main", {"model.safetensors": bytes(weights)}, "theirs")
-    with pytest.raises(SystemExit, match="answers otherwise than this run did"):
-        read_back("me/model", bad, tested, images, device)
+    with pytest.raises(SystemExit, match="answers unlike this run did"):
+        read_back("me/model", bad, tested, "cpu")
     client.faults = [Fault("GET", "resolve/.*safetensors", cut=100_000)]
-    assert read_back("me/model", good, tested, images, device) == found  # a cut download goes on
+    assert read_back("me/model", good, tested, "cpu") == found  # a cut download goes on
     assert client.faults[0].times == 0
 
 
@@ -263,3 +270,47 @@ def test_settings_that_have_no_effect_are_refused(server, finished, tmp_path):
     done = run_with_hub(server, tmp_path, *finished, "--hub_strategy", "checkpoint")
     assert done.returncode == 1 and "--hub_strategy and --hub_always_push have no effect" in done.stderr
     assert not server.repos
+
+
+def test_nothing_that_is_published_says_where_it_was_on_this_machine(server, tmp_path, make_images, tiny_vit):
+    """Absolute paths, and paths with ~ and .. that no shell has expanded, given as flags and in a file."""
+    start, up = tmp_path / "secret-start", tmp_path / "secret-up"
+    photos = make_images("secret-start/~/secret-home/photos")
+    for image in make_images("secret-up/clinic", count=4).rglob("*.jpg"):
+        # no copies of those that it is trained on
+        draw(COLOURS[image.parent.name], np.random.default_rng(1 + int(image.stem))).save(image)
+    files = sorted(file.relative_to(photos).as_posix() for file in photos.rglob("*.jpg"))
+    parts = [f"{file},{('train', 'validation', 'train', 'test')[n % 4]}" for n, file in enumerate(files)]
+    (up / "cut.csv").write_text("\n".join(["file,split", *parts]))
+    shutil.copytree(tiny_vit, up / "small-vit")
+    written = {"model_name_or_path": up / "small-vit", "data_root": start / "secret-cache" / "data"}
+    (up / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in written.items()))
+    flags = [
+        "--config", "../secret-up/run.yaml", "--data_dir=~/secret-home/photos", "--split_by", up / "cut.csv",
+        "--output_dir", "../secret-out/here/../my-model", "--num_train_epochs", 1, "--push_to_hub",
+        "--hub_model_id", "me/model", "--hub_token", WRITER, "--hub_space_id", "me/page",
+    ]  # fmt: skip
+    done = run_with_hub(server, tmp_path, *flags, cwd=start)
+    assert done.returncode == 0, done.stderr
+    done = run_with_hub(server, tmp_path, *flags, "--external_dir", "../secret-up/clinic", cwd=start)
+    assert done.returncode == 0, done.stderr
+
+    published, page = server.files("me/model"), server.files("me/page", "space")
+    assert set(PUBLISHED) <= set(published) and {"app.py", "model.json"} <= set(page)
+    for name, content in [*published.items(), *page.items()]:
+        for secret in ("secret-", "~/", "../", str(tmp_path), WRITER):
+            assert secret.encode() not in content, (name, secret)
+    card = published["README.md"].decode()
+    command = shlex.split(re.search("```bash\n(.+?)\n```", card)[1])
+    assert command == [
+        "python", "finetune_vit.py", "--config", "run.yaml", "--data_dir=photos", "--split_by", "cut.csv",
+        "--output_dir", "my-model", "--num_train_epochs", "1", "--push_to_hub", "--hub_model_id", "me/model",
+        "--hub_space_id", "me/page", "--external_dir=clinic",
+    ]  # fmt: skip
+    assert "# small-vit fine-tuned on photos" in card and "(`cut.csv`)" in card and "| `clinic` (" in card
+    assert "base_model" not in card and not re.search("endoscop|burn|inset", card.lower())
+    assert "| lower left corner | " in card and "epoch 1 of 1" in card
+    metrics = json.loads(published["report/metrics.json"])
+    assert metrics["split"]["by"] == metrics["settings"]["split_by"] == "cut.csv"
+    assert metrics["data"]["name"] == metrics["settings"]["data_dir"] == "photos"
+    assert metrics["external"]["folder"] == "clinic" and metrics["settings"]["output_dir"] == "my-model"

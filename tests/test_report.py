@@ -1,62 +1,28 @@
-"""Step 9: pictures that show what they should, and a card that the Hub understands and the run supports."""
+"""Step 9: a card that the Hub understands and the run supports, drawn once, and the model's web page."""
 
 import json
 import re
+import runpy
 import shlex
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
-import torch
-from datasets import Dataset
+import transformers
+from conftest import draw_pixels, make_work, predict_by_chance, read_settings
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import ViTForImageClassification, ViTImageProcessor
+from test_figures import HISTORY
 
-from finetune_vit import (
-    METRICS,
-    attention_rollout,
-    command_of,
-    draw_class_bars,
-    draw_confusion_matrix,
-    draw_conflicts,
-    draw_examples,
-    draw_reliability,
-    draw_training_curves,
-    read_settings,
-    write_report,
-)
+from steps.duplicates import Scenes
+from steps.figures import charts, galleries
+from steps.options import METRICS
+from steps.report import command_of, make_space, public, write_report
+from steps.use import load_classifier
 
 NAMES = ["dyed-lifted-polyps", "esophagitis", "polyps"]
-HISTORY = [
-    entry
-    for epoch in (1.0, 2.0, 3.0)
-    for entry in (
-        {"epoch": epoch, "loss": 1 / epoch},
-        {"epoch": epoch, "eval_loss": 1.1 / epoch, "eval_accuracy": 1 - 0.3 / epoch, "eval_macro_f1": 0.7},
-    )
-]
-SHAPE = (3, 32, 32)
-
-
-def predict_by_chance(names, n=60, right=0.7):
-    """A table of test predictions, each class about as often, `right` of them right."""
-    rng = np.random.default_rng(0)
-    probabilities = rng.dirichlet(np.ones(len(names)), n)
-    guesses = probabilities.argmax(1)
-    labels = np.where(rng.random(n) < right, guesses, rng.integers(0, len(names), n))
-    table = {"file": [f"x/{row}.jpg" for row in range(n)], "split": "test"}
-    table |= {"label": np.array(names)[labels], "prediction": np.array(names)[guesses]}
-    return pd.concat([pd.DataFrame(table), pd.DataFrame(probabilities, columns=names)], axis=1)
-
-
-def pictures(n=60):
-    pixels = np.random.default_rng(0).integers(0, 256, (n, *SHAPE), dtype=np.uint8)
-    files = [f"x/{row}.jpg" for row in range(n)]
-    return Dataset.from_dict(
-        {"file": files, "pixel_values": [picture.tobytes() for picture in pixels]}
-    ), pixels
 
 
 @pytest.fixture
@@ -67,7 +33,7 @@ def results(tmp_path):
     part = dict.fromkeys([*METRICS, "ece"], score) | {
         "accuracy": {"value": 0.9123, "low": 0.88, "high": 0.94}
     }
-    settings, training = read_settings(["--output_dir", str(tmp_path), "--learning_rate", "3e-5"])
+    settings, training = read_settings(["--output_dir", tmp_path, "--learning_rate", "3e-5"])
     split = {"by": "near-duplicates", "train": 140, "validation": 30, "test": 30, "groups": 150}
     split |= {
         "near_duplicate_pairs": 60,
@@ -77,13 +43,15 @@ def results(tmp_path):
     }
     split["classes"] = dict.fromkeys(("train", "validation", "test"), dict.fromkeys(NAMES, 21))
     calibration = {"temperature": 1.234, "ece_before": 0.0987, "ece_after": 0.0456}
+    data = {"name": "my-images", "kvasir": False, "endoscopy": False, "images": 200, "files_sha256": "0" * 64}
     return {
-        "made": "fine-tuned", "test": part,
+        "made": "fine-tuned", "chosen_epoch": 3.0, "test": part,
         "validation": part, "per_class": dict.fromkeys(NAMES, row), "split": split,
         "calibration": calibration | {"accuracy_at_90_percent_coverage": 0.9777},
         "shortcuts": {"nothing": {"accuracy": 0.9123, "macro_f1": 0.87}},
         "speed": {"train_images_per_second": 12.34, "train_seconds": 567.0, "evaluate_images_per_second": 89},
-        "settings": vars(settings) | training.to_dict(),
+        "data": data,
+        "settings": {name: public(value) for name, value in (vars(settings) | training.to_dict()).items()},
         "versions": {"torch": "2.13.0", "device": "a test machine"},
     }  # fmt: skip
 
@@ -91,12 +59,7 @@ def results(tmp_path):
 @pytest.fixture
 def report(tmp_path, tiny_vit, results):
     """Return a function that writes the report into tmp_path and returns the card."""
-    model = ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path)),
-        processing_class=ViTImageProcessor.from_pretrained(tiny_vit),
-        model=FloatModel(model), state=SimpleNamespace(log_history=HISTORY),
-    )  # fmt: skip
+    trainer = SimpleNamespace(model=load_classifier(str(tiny_vit))[0])
     conflict = {
         "file_a": ["x/1.jpg"],
         "file_b": ["x/2.jpg"],
@@ -105,26 +68,32 @@ def report(tmp_path, tiny_vit, results):
         "label_b": ["b"],
     }
 
-    def write(results=results, folder="my-images", predictions=None, history=HISTORY, pairs=conflict):
-        trainer.state.log_history = history
+    def write(results=results, predictions=None, history=HISTORY, pairs=conflict):
         predictions = predict_by_chance(NAMES) if predictions is None else predictions
-        write_report(results, predictions, pd.DataFrame(pairs), pictures()[0], trainer, tmp_path / folder)
+        scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), predictions["file"]))
+        figures = charts(results, predictions, history)
+        figures |= galleries(predictions, scenes, draw_pixels(NAMES)[0], trainer)
+        write_report(results, figures, make_work(["--output_dir", tmp_path]))
         return ModelCard.load(tmp_path / "README.md")
 
     return write
 
 
-def FloatModel(model):
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, kwargs | {"pixel_values": kwargs["pixel_values"] / 255.0}),
-        with_kwargs=True,
-    )
-    return model
+@pytest.fixture
+def card_of(tmp_path, results):
+    """Return a function that writes the card into tmp_path, draws nothing, and returns the card."""
+
+    def write(results=results):
+        write_report(results, {}, make_work(["--output_dir", tmp_path]))
+        return ModelCard.load(tmp_path / "README.md")
+
+    return write
 
 
-@pytest.mark.parametrize("folder, kvasir", [("kvasir-dataset-v2", True), ("my-images", False)])
-def test_card_is_complete_and_carries_the_terms(tmp_path, report, folder, kvasir):
-    card = report(folder=folder)
+@pytest.mark.parametrize("kvasir", [True, False])
+def test_card_is_complete_and_carries_the_terms(tmp_path, report, results, kvasir):
+    results["data"] |= {"kvasir": kvasir, "endoscopy": kvasir}
+    card = report()
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
     assert card.data.base_model == "google/vit-base-patch16-224-in21k"
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -139,8 +108,8 @@ def test_card_is_complete_and_carries_the_terms(tmp_path, report, folder, kvasir
         "Of 60 near-identical pairs, 0 are on two sides", "7 carry two different labels",
         "| esophagitis | 0.900 | 0.800 (0.700 to 0.850) | 0.950 | 0.850 | 10 (6) |", "others is 0.978",
         "| polyps | 21 | 21 | 21 |", "| total | 140 | 30 | 30 |",
-        "not tested on images from elsewhere",
-        f"python finetune_vit.py --output_dir={tmp_path} --learning_rate=3e-05",
+        "not tested on images from elsewhere", "epoch 3 of 4",
+        f"python finetune_vit.py --output_dir {tmp_path.name} --learning_rate 3e-5",
     ):  # fmt: skip
         assert part in card.text, part
     assert "{" not in card.text.split("```bash")[0] and "None" not in card.text
@@ -150,9 +119,9 @@ def test_card_is_complete_and_carries_the_terms(tmp_path, report, folder, kvasir
     assert set(shown) < drawn and len(shown) == 4
 
 
-def test_model_that_came_from_a_folder_is_no_name_on_the_hub(report, results):
+def test_model_that_came_from_a_folder_is_no_name_on_the_hub(card_of, results):
     results["settings"]["model_name_or_path"] = "vit-of-mine"  # what is left of /home/me/vit-of-mine
-    card = report()
+    card = card_of()
     assert card.data.base_model is None and "Fine-tuned from `vit-of-mine`" in card.text
     assert "see Calibration\n```\n\n## Intended use" in card.text
 
@@ -161,40 +130,132 @@ def test_command_of_a_run_gives_its_settings_again(tmp_path):
     flags = [
         "--data_dir", str(tmp_path), "--split_by", "random", "--report_to", "none", "--learning_rate", "1e-4",
         "--bf16", "false", "--lr_scheduler_type", "cosine_with_min_lr", "--output_dir", "a folder",
-        "--lr_scheduler_kwargs", '{"min_lr": 1e-6}', "--hub_token", "hf_secret",
+        "--lr_scheduler_kwargs", '{"min_lr": 1e-6}', "--hub_token", "hf_secret", "--hub-token=hf_secret",
+        "--run_name=it's $HOME `or` not",
     ]  # fmt: skip
     settings, training = read_settings(flags)
-    command = command_of(json.loads(json.dumps(vars(settings) | training.to_dict())))
-    assert "hf_secret" not in command
+    recorded = json.loads(json.dumps(vars(settings) | training.to_dict()))
+    command = command_of({"settings": recorded})
+    assert "hf_secret" not in command and "hub" not in command
     program, script, *words = shlex.split(command)
-    assert (program, script) == ("python", "finetune_vit.py") and len(words) < 15
+    assert (program, script) == ("python", "finetune_vit.py")
+    assert words == [word for word in flags if "hub" not in word and word != "hf_secret"]
     again, training_again = read_settings(words)
     assert again == settings
     assert training_again.to_dict() == training.to_dict()
 
 
-def test_card_says_when_a_random_split_flatters(report, results):
+@pytest.mark.parametrize(
+    ("given", "folds", "folder", "added"),
+    [
+        ([], 5, "clinic", ["--cross_validate=5", "--external_dir=clinic"]),
+        (["--cross_validate", "5"], 5, None, []),
+        (["--external_dir=clinic", "--seed", "1"], 3, "clinic", ["--cross_validate=3"]),
+        (["--cross_validate=3", "--external_dir", "b c"], 3, "b c", []),
+        (["--seed", "1"], None, "b c", ["--external_dir=b c"]),
+        (["--seed", "1"], None, None, []),
+        (["--cross-validate", "3", "--external-dir=clinic"], 3, "clinic", []),  # the parser takes these, too
+        (["--config", "run.yaml"], 3, "clinic", []),
+        (["--cross_validate", "3", "--external_dir", "clinic"], 5, "b c",  # the other ones were measured last
+         ["--cross_validate=5", "--external_dir=b c"]),
+    ],
+)  # fmt: skip
+def test_command_has_what_was_measured_later_once(tmp_path, monkeypatch, given, folds, folder, added):
+    for name in ("sub/clinic", "clinic", "b c"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text("cross_validate: 3\nexternal_dir: sub/clinic\n")
+    monkeypatch.chdir(tmp_path)
+    results = {"settings": json.loads(json.dumps(vars(read_settings(given)[0])))}
+    results |= {"cross_validation": {"folds": folds}} if folds else {}
+    results |= {"external": {"folder": folder}} if folder else {}
+    words = shlex.split(command_of(results))
+    assert words == ["python", "finetune_vit.py", *given, *added]
+    again, _ = read_settings(words[2:])
+    assert again.cross_validate == (folds or 0) and Path(again.external_dir or "").name == (folder or "")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/me/private/split.csv", "split.csv"),
+        ("~/private/split.csv", "split.csv"),
+        ("~me/private/split.csv", "split.csv"),
+        ("../private/split.csv", "split.csv"),
+        ("data/../../private/split.csv", "split.csv"),
+        ("--split_by=/home/me/private/split.csv", "--split_by=split.csv"),
+        ("--split_by=~/private/split.csv", "--split_by=split.csv"),
+        ("--split_by=../private/split.csv", "--split_by=split.csv"),
+        (["--config", "../private/my run.yaml", "--seed", "1"], ["--config", "my run.yaml", "--seed", "1"]),
+        ("near-duplicates", "near-duplicates"),
+        ("data/split.csv", "data/split.csv"),  # below the folder of the script
+        ("google/vit-base-patch16-224-in21k", "google/vit-base-patch16-224-in21k"),
+        ("https://datasets.simula.no/kvasir.zip", "https://datasets.simula.no/kvasir.zip"),
+        ("--learning_rate=1e-4", "--learning_rate=1e-4"),
+        (0.15, 0.15),
+        (None, None),
+        (True, True),
+        ({"min_lr": 1e-6}, {"min_lr": 1e-6}),
+    ],
+)
+def test_of_a_path_elsewhere_only_the_last_name_is_published(value, shown):
+    assert public(value) == shown
+
+
+@pytest.mark.parametrize("folder", ["/abs-secret", "~/home-secret", "../up-secret", "here/../../dots-secret"])
+def test_card_holds_no_path_of_this_machine(tmp_path, card_of, results, folder):
+    """Of all settings that can be a path, in the settings and in the arguments."""
+    names = "data_dir data_root external_dir model_name_or_path output_dir run_name split_by".split()
+    values = {name: f"{folder}/hidden/last-{name}" for name in names}
+    flags = [word for name, value in values.items() for word in (f"--{name}", value)]
+    flags += [f"--{name}={value}" for name, value in values.items()]
+    flags += ["--config", f"{folder}/hidden/last.yaml", f"--config={folder}/hidden/last.yaml"]
+    given = results["settings"] | values | {"arguments": flags}
+    given = {name: public(value) for name, value in given.items()}  # as `summarise` does
+    split = results["split"] | {"by": public(values["split_by"])}
+    card = str(card_of(results | {"settings": given, "split": split}))
+    written = card + (tmp_path / "report" / "metrics.json").read_text()
+    assert not re.search(r"secret|hidden|~/|\.\./", written) and str(tmp_path) not in written
+    for name in names:
+        assert f"--{name} last-{name} " in card and f"--{name}=last-{name} " in card
+    assert "--config last.yaml --config=last.yaml\n" in card and "(`last-split_by`)" in card
+    assert "Fine-tuned from `last-model_name_or_path`" in card and "| split_by | last-split_by |" in card
+
+
+def test_card_speaks_of_overlays_only_where_there_are_some(card_of, results):
+    """Only of endoscopes does it know what they add. The table of shortcuts is there in any case."""
+    results["shortcuts"] |= {"lower left corner": {"accuracy": 0.7531, "macro_f1": 0.71}}
+    for endoscopy in (False, True):
+        results["data"]["endoscopy"] = endoscopy
+        text = card_of().text.lower()
+        for word in ("endoscop", "burn", "inset"):
+            assert (word in text) is endoscopy, word
+        assert "## shortcuts" in text and "| nothing | 0.912 | 0.870 |" in text
+        assert "| lower left corner | 0.753 | 0.710 |" in text
+        assert "a small drop does not rule a shortcut out" in text
+
+
+def test_card_says_when_a_random_split_flatters(card_of, results):
     results["split"] |= {"by": "random", "pairs_across_splits": 29, "pairs_across_test": 18}
-    text = " ".join(report().text.split())
+    text = " ".join(card_of().text.split())
     assert (
         "The results are optimistic" in text and "29 are on two sides of the split, 18 of them with" in text
     )
     assert "a group is not divided" not in text
 
 
-def test_card_of_a_given_split_that_divides_pairs(report, results):
+def test_card_of_a_given_split_that_divides_pairs(card_of, results):
     results["split"] |= {"by": "my.csv", "pairs_across_splits": 29, "pairs_across_test": 18}
-    text = " ".join(report().text.split())
+    text = " ".join(card_of().text.split())
     assert "18 of them with one test image, which flatters the results" in text
 
 
-def test_card_of_a_class_without_test_images(report, results):
+def test_card_of_a_class_without_test_images(card_of, results):
     zero = {"precision": 0, "recall": 0, "specificity": 0.95, "f1": 0, "n": 0}
     results["per_class"] = results["per_class"] | {"polyps": zero}
-    assert "| polyps | – | – | 0.950 | – | 0 |" in report().text
+    assert "| polyps | – | – | 0.950 | – | 0 |" in card_of().text
 
 
-def test_card_tells_what_was_measured_elsewhere(report, results):
+def test_card_tells_what_was_measured_elsewhere(card_of, results):
     scores = {
         "accuracy": {"value": 0.7, "low": 0.6, "high": 0.8},
         "macro_f1": {"value": 0.5, "low": 0.4, "high": 0.6},
@@ -203,21 +264,21 @@ def test_card_tells_what_was_measured_elsewhere(report, results):
                            "per_class": {"polyps": {}}} | scores  # fmt: skip
     results["cross_validation"] = {"folds": 5, "accuracy": {"mean": 0.9, "sd": 0.02},
                                    "macro_f1": {"mean": 0.85, "sd": 0.03}}  # fmt: skip
-    text = " ".join(report().text.split())
+    text = " ".join(card_of().text.split())
     row = "| `other-clinic` (polyps) | 90 | 10 | 0.700 (0.600 to 0.800) | 0.500 (0.400 to 0.600) |"
     assert row in text and "not tested on images from elsewhere" not in text
     assert "--cross_validate=5 --external_dir=other-clinic" in text
     assert "5 more models" in text and "accuracy 0.900 ± 0.020, macro F1 0.850 ± 0.030" in text
 
 
-def test_an_edited_card_is_left_alone_and_an_untouched_one_follows_the_results(tmp_path, report, results):
+def test_an_edited_card_is_left_alone_and_an_untouched_one_follows_the_results(tmp_path, card_of, results):
     card = tmp_path / "README.md"
-    report()
+    card_of()
     results["split"]["conflicting_label_pairs"] = 8
-    assert "8 carry two different labels" in report().text
+    assert "8 carry two different labels" in card_of().text
     card.write_text(card.read_text() + "mended by hand")
     results["split"]["conflicting_label_pairs"] = 9
-    assert report().text.endswith("mended by hand")
+    assert card_of().text.endswith("mended by hand")
     assert "9 carry two" in (tmp_path / "report" / "model_card.md").read_text()
 
 
@@ -228,9 +289,9 @@ def test_nothing_is_drawn_twice(tmp_path, report):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "report").iterdir()} == before
 
 
-def test_a_card_of_the_users_own_is_never_replaced(tmp_path, report):
+def test_a_card_of_the_users_own_is_never_replaced(tmp_path, card_of):
     (tmp_path / "README.md").write_text("my own")
-    assert report().text == "my own"
+    assert card_of().text == "my own"
 
 
 @pytest.mark.parametrize(
@@ -241,11 +302,14 @@ def test_a_card_of_the_users_own_is_never_replaced(tmp_path, report):
         ("evaluated", "as it was, evaluated", "This run learned nothing"),
     ],
 )
-def test_card_says_what_was_learned(report, results, made, says, chosen):
-    card = report(results | {"made": made})
+def test_card_says_what_was_learned(card_of, results, made, says, chosen):
+    if made != "fine-tuned":
+        del results["chosen_epoch"]
+    card = card_of(results | {"made": made})
     assert f"# vit-base-patch16-224-in21k {made} on my-images" in card.text
     assert says in card.text and chosen in card.text
     assert ("divided by the temperature" in card.text) is (made != "evaluated")
+    assert ("epoch 3 of 4" in card.text) is (made == "fine-tuned")
 
 
 def test_no_picture_without_something_to_show(tmp_path, report, results):
@@ -258,153 +322,59 @@ def test_no_picture_without_something_to_show(tmp_path, report, results):
     assert "training_curves" not in card.text and "--num_train_epochs 0" in card.text
 
 
-def boxes(figure):
-    """Bounding boxes, in pixels, of all texts of a figure, with what they say."""
-    figure.draw_without_rendering()
-    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()] + figure.legends
-    labels = [text for legend in legends for text in legend.get_texts()]
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
-            low, high = sorted(axis.get_view_interval())
-            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
-            labels += [axis.label, *(label for place, label in ticks if low <= place <= high)]
-        labels += [*axes.texts, axes.title]
-    return [(label.get_text(), label.get_window_extent()) for label in labels if label.get_text()]
-
-
-def assert_legible(figure):
-    """Nothing is cut off, and no two texts overlap but the slanted class names."""
-    found = boxes(figure)
-    for text, box in found:
-        assert box.x0 >= -1 and box.y0 >= -1, text
-        assert box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, text
-    upright = [(text, box) for text, box in found if not text.startswith("a-rather-long-class")]
-    for i, (text, box) in enumerate(upright):
-        for other, its in upright[i + 1 :]:
-            apart = (
-                min(box.x1, its.x1) - max(box.x0, its.x0) < 1 or min(box.y1, its.y1) - max(box.y0, its.y0) < 1
-            )
-            assert apart, (text, other)
-
-
-def long_names(classes):
-    return [f"a-rather-long-class-{i}" for i in range(classes)]
-
-
-@pytest.mark.parametrize("classes", [2, 8, 23])
-def test_confusion_matrix_is_right_and_legible(classes):
-    names = long_names(classes)
-    counts = np.random.default_rng(0).integers(0, 3, (classes, classes)) + np.diag([1234] * classes)
-    pairs = np.repeat(np.argwhere(counts >= 0), counts.ravel(), axis=0)
-    table = pd.DataFrame(np.array(names)[pairs], columns=["label", "prediction"])
-    figure = draw_confusion_matrix(table, names)
-    shown = {tuple(map(round, text.get_position()[::-1])): text.get_text() for text in figure.axes[0].texts}
-    share = counts / counts.sum(1, keepdims=True)
-    percent = {(r, c): f"\n{share[r, c]:.0%}" if classes <= 12 else "" for r, c in np.argwhere(counts)}
-    assert shown == {(r, c): f"{counts[r, c]:,}{percent[r, c]}" for r, c in np.argwhere(counts)}
-    assert_legible(figure)
-    cell = figure.axes[0].get_window_extent().width / classes
-    assert all(label.get_window_extent().width < cell for label in figure.axes[0].texts)
-
-
-@pytest.mark.parametrize("classes", [2, 8, 23])
-def test_class_bars_show_recall_interval_and_precision(classes):
-    rng = np.random.default_rng(0)
-    rows = {}
-    for name in long_names(classes):
-        low, recall, high, precision = *np.sort(rng.random(3)), rng.random()
-        rows[name] = {
-            "precision": precision,
-            "recall": recall,
-            "recall_low": low,
-            "recall_high": high,
-            "n": 7,
-        }
-    figure = draw_class_bars(rows | {"never tested": {"recall": 0, "precision": 0, "n": 0}})
-    axes = figure.axes[0]
-    bars = [bar.get_width() for bar in axes.patches][::-1]
-    assert bars == pytest.approx([row["recall"] for row in rows.values()])
-    segments = [segment[:, 0] for segment in axes.collections[0].get_segments()][::-1]
-    assert np.allclose(segments, [(row["recall_low"], row["recall_high"]) for row in rows.values()])
-    assert_legible(figure)
-
-
-@pytest.mark.parametrize("classes", [2, 8, 23])
-def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classes):
-    table = predict_by_chance(long_names(classes), n=500)
-    labels = table["label"].map({name: label for label, name in enumerate(long_names(classes))}).to_numpy()
-    probabilities = table[long_names(classes)].to_numpy()
-    figure = draw_reliability(labels, probabilities, 1.5)
-    right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
-    after = next(line for line in figure.axes[0].lines if line.get_label().startswith("after"))
-    for x, y in zip(*after.get_data(), strict=True):
-        inside = np.ceil(confidence * 15) == np.ceil(x * 15)
-        assert x == pytest.approx(confidence[inside].mean()) and y == pytest.approx(right[inside].mean())
-    x, y = figure.axes[1].lines[0].get_data()
-    assert y[-1] == pytest.approx(right.mean()) and x[-1] == 1
-    assert y[249] == pytest.approx(right[np.argsort(-confidence)[:250]].mean())
-    assert_legible(figure)
-
-
-@pytest.mark.parametrize("classes", [2, 8, 23])
-def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
-    names, (images, pixels) = long_names(classes), pictures()
-    table = predict_by_chance(names)[:12]
-    model = FloatModel(ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32))
-    figure = draw_examples(table, names, images, model, SHAPE)
-    for row, axes in enumerate(figure.axes[: len(table)]):
-        shown = axes.images[0].get_array()
-        assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
-        assert (shown[:, 36:] != shown[:, :32]).any()
-        certain = f"{table[names].iloc[row].max():.0%}"
-        caption = f"true: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
-        assert axes.get_title() == caption
-    assert_legible(figure)
-
-
-def test_conflicts_stand_side_by_side():
-    images, pixels = pictures()
-    pairs = {"file_a": ["x/3.jpg", "x/9.jpg"], "file_b": ["x/7.jpg", "x/1.jpg"], "distance": [0.0012, 0.03],
-             "label_a": ["polyps", "b"], "label_b": ["esophagitis", "a"]}  # fmt: skip
-    figure = draw_conflicts(pd.DataFrame(pairs), images, SHAPE)
-    first = figure.axes[0].images[0].get_array()
-    assert (first[:, :32] == pixels[3].transpose(1, 2, 0)).all() and (
-        first[:, 36:] == pixels[7].transpose(1, 2, 0)
-    ).all()
-    assert figure.axes[0].get_title() == "polyps | esophagitis\ndistance 0.001"
-    assert_legible(figure)
-
-
-def test_attention_rollout_against_the_papers_loop(tiny_vit):
-    """The rows of the paper's loop in NumPy, patch by patch."""
-    model = ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32)
-    kind = model.config._attn_implementation
-    pixels = torch.rand(2, 3, 32, 32)
-    maps = attention_rollout(model, pixels)
-    assert maps.shape == (2, 32, 32) and maps.min() == 0 and maps.max() == 1
-    assert model.config._attn_implementation == kind
-    model.set_attn_implementation("eager")
-    attention = model(pixel_values=pixels, output_attentions=True).attentions
-    for picture in range(2):
-        flow = np.eye(17)
-        for layer in attention:
-            flow = (layer[picture].mean(0).detach().numpy() / 2 + np.eye(17) / 2) @ flow
-        grid = torch.tensor(flow[0, 1:]).view(1, 1, 4, 4)
-        smooth = torch.nn.functional.interpolate(grid, (32, 32), mode="bilinear")[0, 0]
-        assert np.corrcoef(smooth.ravel(), maps[picture].ravel())[0, 1] > 0.98
-
-
-def test_curves_show_what_was_logged():
-    figure = draw_training_curves(HISTORY)
-    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    assert list(lines["training loss"].get_ydata()) == [1, 1 / 2, 1 / 3]
-    assert list(lines["validation accuracy"].get_xdata()) == [1, 2, 3]
-    assert set(lines) == {"training loss", "validation loss", "validation accuracy", "validation macro F1"}
-    assert_legible(figure)
-
-
 def test_pictures_on_disk_are_large_enough(tmp_path, report):
     report()
     for path in (tmp_path / "report").glob("*.png"):
         with Image.open(path) as image:
             assert image.width >= 900 and len(image.convert("RGB").getcolors(1 << 24)) > 50, path.name
+
+
+def test_page_of_other_classes_has_no_examples_and_names_the_published_model(tmp_path):
+    app = make_space(tmp_path / "space", ["cat", "dog"], "me/pets", "v2")
+    assert app == tmp_path / "space" / "app.py" and not (tmp_path / "space" / "examples").exists()
+    named = json.loads((tmp_path / "space" / "model.json").read_text())
+    assert named == {"model": "me/pets", "revision": "v2"}
+    assert "- me/pets" in (tmp_path / "space" / "README.md").read_text()
+
+
+def test_page_is_made_again_only_if_it_would_be_another(tmp_path):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "space").iterdir() if path.is_file()}
+
+    app, before = make_space(tmp_path / "space", ["cat", "dog"]), stamps()
+    make_space(tmp_path / "space", ["cat", "dog"])
+    assert stamps() == before
+    make_space(tmp_path / "space", ["cat", "dog"], "me/pets", "v3")
+    assert json.loads((tmp_path / "space" / "model.json").read_text())["revision"] == "v3"
+    assert "- me/pets" in (tmp_path / "space" / "README.md").read_text()
+    whole = app.read_text()
+    app.write_text("half")
+    assert make_space(tmp_path / "space", ["cat", "dog"], "me/pets", "v3").read_text() == whole
+
+
+@pytest.mark.parametrize(("model", "revision"), [("", None), ("tiny", "v2")])
+def test_page_is_of_the_model_that_the_file_beside_it_names(tmp_path, tiny_vit, monkeypatch, model, revision):
+    """Run app.py as a Space does; without a name it is the model of the folder two above."""
+    gradio = pytest.importorskip("gradio")
+    pages, asked, pipeline = [], [], transformers.pipeline
+    shutil.copytree(tiny_vit, tmp_path / "run")
+    app = make_space(tmp_path / "run" / "report" / "space", ["polyps", "cat"], model, revision)
+
+    def load(task, name, revision=None):
+        asked.append((name, revision))
+        return pipeline(task, str(tiny_vit))
+
+    monkeypatch.setattr("transformers.pipeline", load)
+    monkeypatch.setattr(gradio.Interface, "launch", lambda page: pages.append(page))
+    runpy.run_path(str(app), run_name="__main__")
+    assert asked == [(model or str(tmp_path / "run"), revision)]
+    (page,) = pages
+    assert page.title == (model or "run") and "Not a medical device" in page.description
+    assert "7 classes: LABEL_0" in page.article and "The examples are drawings." in page.article
+    assert page.flagging_mode == "never"
+    answer = page.fn(str(app.parent / "examples" / "polyps.jpg"))
+    assert len(answer) == 7 and sum(answer.values()) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(gradio.Error, match="Choose an image first"):
+        page.fn(None)
+    with pytest.raises(gradio.Error, match="cannot be read as an image"):
+        page.fn(str(app))

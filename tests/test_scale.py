@@ -22,7 +22,7 @@ def losses(done):
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    """The same 32 images a step, so the same model, but for the last, uneven step of each epoch."""
+    """The same 32 images per step, so the same model, but for the last, uneven step of each epoch."""
     flags = [
         "--config",
         "data/sample.yaml",

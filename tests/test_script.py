@@ -1,12 +1,23 @@
 """The whole script, run as a user would run it on the embedded sample, and what it leaves behind."""
 
+import contextlib
 import json
+import os
+import pty
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import threading
 import time
+import urllib.request
 
 import pandas as pd
 import pytest
-from conftest import ROOT, SAMPLE, run_script
+from conftest import REPOSITORY, ROOT, SAMPLE, run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import pipeline
@@ -26,11 +37,46 @@ def test_sample_takes_under_two_minutes(run):
 
 def test_output_tells_the_story(run):
     text = run["done"].stdout
-    told = "480 images in 8 classes|left out, unreadable: |converted to RGB: 1 of mode L|training on"
+    told = "480 images in 8 classes|1 of 480 files left out: |converted to RGB: 1 of mode L|training on"
     for part in (told + "|epoch 1 of |test accuracy 0.|95 % interval|model card").split("|"):
         assert part in text, part
     for alarm in ("Traceback", "missing keys", "deprecated"):
         assert alarm not in run["done"].stderr
+    table = pd.read_csv(run["model"] / "report" / "left_out.csv")
+    assert f"; see {run['model'] / 'report' / 'left_out.csv'}" in text and len(table) == 1
+    assert (run["data"] / "sample" / "sample" / table["file"][0]).exists() and table["reason"][0] != ""
+
+
+def test_the_chosen_epoch_is_told_the_same_everywhere(run):
+    state = json.loads((run["model"] / "trainer_state.json").read_text())
+    evaluated = [entry for entry in state["log_history"] if "eval_macro_f1" in entry]
+    best = max(evaluated, key=lambda entry: entry["eval_macro_f1"])["epoch"]
+    assert re.findall(r"kept the weights of (.+)", run["done"].stdout) == [f"epoch {best:g} of 40"]
+    assert metrics(run)["chosen_epoch"] == best and metrics(run)["made"] == "fine-tuned"
+    assert state["best_global_step"] == best * 11  # steps of 32 images
+    assert f"weights are those of epoch {best:g} of 40" in (run["model"] / "README.md").read_text()
+
+
+def test_bars_are_for_people(run, tmp_path, make_images, tiny_vit):
+    """In a terminal they say how long it will take; a file gets a line per epoch."""
+    assert len(re.findall("^epoch [0-9]+ of 40: .* images/s$", run["done"].stdout, re.M)) == 40
+    assert "%|" not in run["done"].stdout + run["done"].stderr
+    flags = ["--data_dir", make_images(count=20), "--data_root", tmp_path / "data", "--report_to", "none"]
+    flags += ["--output_dir", tmp_path / "model", "--model_name_or_path", tiny_vit, "--num_train_epochs", "9"]
+    command = [sys.executable, "finetune_vit.py", *map(str, flags), "--per_device_train_batch_size", "1"]
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 100))
+    with subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        text = b""
+        with contextlib.suppress(OSError):  # once the script has closed its end
+            while part := os.read(reader, 1 << 16):
+                text += part
+    os.close(reader)
+    assert process.returncode == 0, text
+    bars = re.findall(r"train: +\d+%\|.*?\| (\d+)/(\d+) \[\d+:\d+<\d+:\d+", text.decode())
+    assert bars and {int(total) for _, total in bars} == {378}  # 42 images, 9 epochs
+    assert text.count(b"images/s") == 9
 
 
 def test_all_files_of_the_interface_are_there(run):
@@ -119,12 +165,33 @@ def test_card_reports_the_same_numbers(run):
     assert values["accuracy"] == round(results["test"]["accuracy"]["value"], 4)
     assert card.data.base_model is None and card.data.license is None  # neither is on the Hub or known
     command = re.search(r"```bash\n(.+)\n```", card.text)[1]
-    assert command == (
-        "python finetune_vit.py --data_url=data/sample.zip --model_name_or_path=data/sample-vit "
-        "--linear_probe=False --layer_decay=1.0 --min_steps=0 --class_weights=False "
-        "--per_device_train_batch_size=32 --num_train_epochs=40.0 --learning_rate=0.001 "
-        "--lr_scheduler_type=linear --warmup_steps=0.1 --weight_decay=0.01"  # folders called as by default
+    assert command == (  # as given, without the folders of this machine
+        "python finetune_vit.py --config data/sample.yaml --data_root data --output_dir model"
     )
+
+
+def test_the_last_line_names_the_next_commands_and_they_work(run):
+    """--predict and --demo, to be pasted as they are printed."""
+    last = run["done"].stdout.strip().splitlines()[-1]
+    printed = re.fullmatch(r"[\d:]{8}  next: (python .+ --predict) PATH \.\.\.  or  (python .+ --demo)", last)
+    predict, demo = (shlex.split(command) for command in printed.groups())
+    assert predict[0] == demo[0] == "python"
+    file = pd.read_csv(run["model"] / "report" / "predictions.csv").iloc[-1]
+    command = [sys.executable, *predict[1:], str(run["data"] / "sample" / "sample" / file["file"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and file["prediction"] in done.stdout, done.stderr
+
+    pytest.importorskip("gradio")
+    environment = os.environ | {"GRADIO_SERVER_PORT": "7897", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *demo[1:]], cwd=ROOT, env=environment, **pipes) as page:
+        late = threading.Timer(60, page.kill)
+        late.start()
+        address = next(found[0] for line in page.stdout if (found := re.search(r"http://\S+", line)))
+        late.cancel()
+        assert urllib.request.urlopen(address, timeout=10).status == 200
+        page.send_signal(signal.SIGINT)
+        assert "Traceback" not in page.stdout.read()
 
 
 def test_second_run_finds_everything(run):
@@ -151,6 +218,34 @@ def test_other_settings_are_refused_in_one_line(run):
     assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
 
 
+@pytest.mark.parametrize("package", ["yaml", "torch", "simplejpeg"])
+def test_a_package_that_is_missing_is_one_line(tmp_path, package):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] == {package!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    flags = [*SAMPLE, "--data_root", str(tmp_path / "data"), "--output_dir", str(tmp_path / "model")]
+    command = [sys.executable, "finetune_vit.py", *flags]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    line = f"error: the package {package} is not installed in {sys.executable}; activate the environment "
+    assert done.returncode == 1 and "training on" not in done.stdout
+    assert done.stderr.startswith(line) and "pip install -r requirements.txt" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_the_script_fetched_alone_says_what_is_missing(tmp_path):
+    shutil.copy(ROOT / "finetune_vit.py", tmp_path)
+    command = [sys.executable, str(tmp_path / "finetune_vit.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    line = f"error: the folder steps is missing beside {tmp_path / 'finetune_vit.py'}; fetch all of it: "
+    assert done.returncode == 1 and done.stdout == "" and done.stderr == f"{line}git clone {REPOSITORY}\n"
+
+
 def test_own_images_in_a_folder(tmp_path, make_images, tiny_vit):
     done = run_script(
         "--data_dir", make_images(count=10), "--data_root", tmp_path / "data", "--report_to", "none",
@@ -175,7 +270,25 @@ def test_recipe_of_the_tutorial_lets_the_test_images_choose_and_the_card_says_so
     assert metrics["settings"]["recipe"] == "tutorial" and metrics["settings"]["warmup_steps"] == 0
     card = (tmp_path / "model" / "README.md").read_text()
     assert "The results are optimistic: the test images\nchose the epoch" in card
-    assert "--recipe=tutorial" in card and "--split_by" not in card  # a part of the recipe
+    assert "--recipe tutorial" in card and "--split_by" not in card  # a part of the recipe
+
+
+def test_recipe_named_by_a_flag_is_stronger_than_the_file(tmp_path, run):
+    """The sample asks for 40 epochs and no fitted head; `--recipe fast` for the fitted head alone."""
+    done = run_script(
+        *SAMPLE, "--recipe", "fast", "--data_root", run["data"], "--output_dir", tmp_path / "model"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training on" not in done.stdout and "epoch 1 of" not in done.stdout
+    assert not list((tmp_path / "model").glob("checkpoint-*"))
+    results = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())
+    assert results["made"] == "probed" and "chosen_epoch" not in results
+    settings = results["settings"]
+    assert settings["num_train_epochs"] == 0 and settings["linear_probe"] and settings["class_weights"]
+    assert settings["data_url"] == "data/sample.zip" and settings["per_device_train_batch_size"] == 8
+    history = json.loads((tmp_path / "model" / "trainer_state.json").read_text())["log_history"]
+    assert [list(entry) for entry in history] == [["ridge_strength"]]
+    assert "sample-vit probed on sample" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_cross_validation_and_images_from_elsewhere(tmp_path, make_images, tiny_vit):

@@ -1,5 +1,8 @@
-"""Step 0: the command line, the YAML file, and the mistakes that people make in them."""
+"""Step 0: the command line, the YAML file, the recipe; what decides if several do."""
 
+import ast
+import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -8,48 +11,37 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-import transformers
 import yaml
-from conftest import ROOT, run_script
+from conftest import RECIPES, REPOSITORY, ROOT, read_settings, run_script
 
-import finetune_vit
-from finetune_vit import RECIPES, TRAINING, Settings, choose_precision, images_a_step, read_settings
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Flags that are right as they stand, so that a test can add one that is wrong."""
-    (tmp_path / "images").mkdir()
-    return ["--data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "model")]
+from steps.options import TRAINING, WORDS, Settings
+from steps.settings import choose_precision, images_per_step, known_names, without_token
 
 
 def test_defaults_are_the_tutorials_data_and_model():
     settings, training = read_settings([])
     assert settings.data_url == "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip"
     assert settings.model_name_or_path == "google/vit-base-patch16-224-in21k"
-    assert (settings.test_size, settings.validation_size, settings.split_by) == (
-        0.15,
-        0.15,
-        "near-duplicates",
-    )
+    assert (settings.test_size, settings.validation_size) == (0.15, 0.15)
+    assert settings.split_by == "near-duplicates"
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (4, 8)
     assert settings.min_steps == 300
     assert settings.linear_probe and settings.class_weights and settings.augment == "flip,turn"
     assert training.output_dir == "model" and training.load_best_model_at_end
 
 
-def test_yaml_is_read_first_and_flags_win(tmp_path, folder):
+def test_yaml_is_read_first_and_flags_win(tmp_path, right_flags):
     config = tmp_path / "run.yaml"
     text = "learning_rate: 1e-4\nseed: 7\nload_best_model_at_end: false\ndata_root: null\nbf16: false\n"
     config.write_text(text)
-    settings, training = read_settings([*folder, "--config", str(config), "--seed", "8"])
+    settings, training = read_settings([*right_flags, "--config", str(config), "--seed", "8"])
     assert training.learning_rate == 1e-4 and training.seed == 8
     assert training.load_best_model_at_end is False and training.bf16 is False
     assert settings.data_root == "data"
 
 
-def test_recipe_of_the_tutorial_is_what_it_did(folder):
-    settings, training = read_settings([*folder, "--recipe", "tutorial"])
+def test_recipe_of_the_tutorial_is_what_it_did(right_flags):
+    settings, training = read_settings([*right_flags, "--recipe", "tutorial"])
     assert (settings.split_by, settings.test_size, settings.validation_size) == ("random", 0.15, 0)
     assert (settings.linear_probe, settings.layer_decay, settings.augment) == (False, 1, "")
     assert settings.min_steps == 0
@@ -60,208 +52,70 @@ def test_recipe_of_the_tutorial_is_what_it_did(folder):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_name_every_value_and_any_of_them_can_be_overridden(tmp_path, folder, recipe):
+def test_recipes_name_every_value_and_any_of_them_can_be_overridden(tmp_path, right_flags, recipe):
     assert RECIPES[recipe].keys() >= RECIPES["default"].keys()  # or those of another one would shine through
-    settings, training = read_settings([*folder, "--recipe", recipe])
+    settings, training = read_settings([*right_flags, "--recipe", recipe])
     for name, value in RECIPES[recipe].items():
         assert getattr(settings if hasattr(settings, name) else training, name) == value, name
     other = not RECIPES[recipe]["linear_probe"]
     (tmp_path / "run.yaml").write_text(f"recipe: {recipe}\nlayer_decay: 0.9\nlinear_probe: {other}\n")
     flags = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "3e-5", "--augment", "crop"]
-    settings, training = read_settings([*folder, *flags])
+    settings, training = read_settings([*right_flags, *flags])
     assert (settings.recipe, settings.layer_decay, settings.linear_probe) == (recipe, 0.9, other)
     assert (settings.augment, training.learning_rate) == ("crop", 3e-5)
     assert training.num_train_epochs == RECIPES[recipe]["num_train_epochs"]
 
 
-def test_any_training_argument_is_a_setting(folder):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_that_is_named_by_a_flag_overrides_the_file(tmp_path, right_flags, recipe):
+    text = "recipe: tutorial\nnum_train_epochs: 40\nlearning_rate: 1e-3\nlinear_probe: false\naugment: crop\n"
+    (tmp_path / "run.yaml").write_text(text + "layer_decay: 0.7\nmin_steps: 7\nseed: 3\ntest_size: 0.2\n")
+    flags = [*right_flags, "--config", str(tmp_path / "run.yaml"), "--recipe", recipe]
+    settings, training = read_settings(flags)
+    assert (settings.recipe, settings.test_size, training.seed) == (recipe, 0.2, 3)
+    for name, value in RECIPES[recipe].items():
+        assert getattr(settings if hasattr(settings, name) else training, name) == value, name
+    settings, training = read_settings([*flags, "--min_steps", "5", "--num_train_epochs", "2"])
+    assert (settings.min_steps, training.num_train_epochs) == (5, 2)  # flags are stronger than any recipe
+
+
+def test_recipe_fast_trains_no_epoch_of_the_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sample = ["--config", "data/sample.yaml", "--output_dir", str(tmp_path / "model")]
+    assert read_settings(sample)[1].num_train_epochs == 40
+    settings, training = read_settings([*sample, "--recipe", "fast"])
+    assert training.num_train_epochs == 0 and settings.linear_probe
+    assert settings.data_url == "data/sample.zip"  # no recipe names it
+
+
+def test_any_training_argument_is_a_setting(right_flags):
     flags = ["--label_smoothing_factor", "0.1", "--report_to", "none", "--fp16", "false"]
-    _, training = read_settings([*folder, *flags])
+    _, training = read_settings([*right_flags, *flags])
     assert training.label_smoothing_factor == 0.1 and training.report_to == [] and training.fp16 is False
-
-
-BAD = [
-    (["--learning_rat", "1"], "learning_rat.*did you mean --learning_rate"),
-    (["--learning_rate", "fast"], "learning_rate.*fast"),
-    (["--num_train_epochs", "-1"], "num_train_epochs is -1"),
-    (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
-    (["--num_train_epochs", "nan"], "num_train_epochs is nan"),
-    (["--test_size", "nan"], "test_size"),
-    (["--learning_rate", "-1"], "learning_rate is -1"),
-    (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
-    (["--seed", "-1"], "seed is -1"),
-    (["--dataloader_drop_last"], "dataloader_drop_last would change"),
-    (["--prediction_loss_only"], "prediction_loss_only would change"),
-    (["--label_names", "foo"], "label_names would change"),
-    (["--test_size", "0"], "test_size"),
-    (["--validation_size", "nan"], "validation_size"),
-    (["--test_size", "0.6", "--validation_size", "0.5"], "less than 1"),
-    (["--validation_size", "-0.1"], "validation_size"),
-    (["--data_dir", "no/such/folder"], "no/such/folder is not a folder"),
-    (["--augment", "flip,rotate"], "--augment does not know rotate; give any of flip,turn,crop,colour"),
-    (["--recipe", "fastest"], "recipe: invalid choice: 'fastest'.*default"),
-    (["--recipe"], "recipe.*expected one argument"),
-    (["--min_steps", "-1"], "--min_steps is -1; give a number of steps"),
-    (["--layer_decay", "0"], "--layer_decay is 0.0; give a share above 0"),
-    (["--layer_decay", "1.5"], "--layer_decay is 1.5"),
-    (["--layer_decay", "nan"], "--layer_decay is nan"),
-    (["--linear_probe", "maybe"], "linear_probe.*maybe"),
-    (["--split_by", "no.csv"], "no.csv is not a file; give near-duplicates, random"),
-    (["--cross_validate", "2"], "cross_validate is 2; give 3 or more"),
-    (["--cross_validate", "-5"], "cross_validate is -5"),
-    (["--cross_validate", "5", "--recipe", "tutorial"], "cross_validate needs validation images; give a"),
-    (["--cross_validate", "5", "--validation_size", "0"], "cross_validate needs validation images"),
-    (["--cross_validate", "5", "--split_by", __file__], "cannot make folds from a CSV file"),
-    (["--external_dir", "no/such/folder"], "external_dir no/such/folder is not a folder"),
-    (["--save_strategy", "sometimes"], "sometimes"),
-    (["--save_strategy", "no"], "save"),
-    (["--metric_for_best_model", "macro_f2"], "macro_f2; use one of loss, accuracy"),
-    (["--resume_from_checkpoint", "no/checkpoint"], "no/checkpoint is not a folder"),
-    (["--bf16", "--fp16"], "fp16 and bf16"),
-    (["--seed"], "seed.*expected"),
-    (["nonsense"], "unknown argument nonsense"),
-    (["--config", "no.yaml"], "cannot read --config no.yaml"),
-    (["--report_to", "no_such_logger"], "pip install no_such_logger"),
-    (["--report_to", ""], "report_to"),
-    (["--learning_rate", "inf"], "learning_rate is inf; give 0 to 1e\\+06"),
-    (["--weight_decay", "-1"], "weight_decay is -1"),
-    (["--weight_decay", "inf"], "weight_decay is inf"),
-    (["--warmup_steps", "nan"], "warmup_steps is nan"),
-    (["--warmup_steps", "-1"], "warmup_steps"),
-    (["--max_grad_norm", "-1"], "max_grad_norm is -1"),
-    (["--label_smoothing_factor", "2"], "label_smoothing_factor is 2.0; give 0 to 1"),
-    (["--num_train_epochs", "1e12"], "num_train_epochs is 10+.0; give 0 to"),
-    (["--seed", "4294967296"], "seed is 4294967296"),
-    (["--seed", "1e3"], "seed.*1e3"),
-    (["--data_seed", "-1"], "data_seed is -1"),
-    (["--save_total_limit", "0"], "save_total_limit is 0; give 1"),
-    (["--save_total_limit", "-1"], "save_total_limit is -1"),
-    (["--per_device_train_batch_size", "999999999"], "per_device_train_batch_size is 999999999"),
-    (["--per_device_eval_batch_size", "-1"], "per_device_eval_batch_size is -1"),
-    (["--eval_accumulation_steps", "0"], "eval_accumulation_steps is 0"),
-    (["--dataloader_num_workers", "-1"], "dataloader_num_workers is -1"),
-    (["--eval_steps", "0"], "eval_steps is 0"),
-    (["--logging_strategy", "steps", "--logging_steps", "-1"], "logging_steps is -1"),
-    (["--adam_beta1", "2"], "optimizer refuses these settings: Invalid beta"),
-    (["--adam_epsilon", "-1"], "optimizer refuses these settings: Invalid epsilon"),
-    (["--optim", "adamw_bnb_8bit"], "optimizer refuses these settings: You need to install `bitsandbytes`"),
-    (["--optim", "sgdd"], "optim.*sgdd"),
-    (["--optim_args", "foo"], "optimizer refuses these settings"),
-    (["--lr_scheduler_type", "sinus"], "lr_scheduler_type.*sinus"),
-    (["--lr_scheduler_type", "cosine_with_min_lr"], "optimizer refuses these settings.*min_lr"),
-    (["--lr_scheduler_kwargs", "{bad"], "property name"),
-    (["--torch_compile_backend", "nonsense"], "optimizer refuses these settings.*nonsense"),
-    (["--torch_compile_mode", "nonsense"], "optimizer refuses these settings.*nonsense"),
-    (["--use_cpu", "--fp16"], "--fp16 needs a GPU; leave it out"),
-    (["--bf16", "maybe"], "bf16.*maybe"),
-    (["--fsdp", "nonsense"], "fsdp would change"),
-    (["--deepspeed", "no.json"], "deepspeed would change"),
-    (["--accelerator_config", "no.json"], "no.json"),
-    (["--save_only_model"], "save_only_model would change.*what a run can go on from"),
-    (["--ignore_data_skip"], "ignore_data_skip would change"),
-    (["--test_size", "half"], "test_size.*half"),
-    (["--test_size", "inf"], "test_size"),
-    (["--cross_validate", "2.5"], "cross_validate.*2.5"),
-    (["--split_by", ""], "split_by"),
-    (["--augment", "FLIP"], "--augment does not know FLIP"),
-    (["--output_dir", ""], "--output_dir is empty"),
-    (["--data_root", " "], "--data_root is empty"),
-    (["--model_name_or_path", ""], "--model_name_or_path is empty"),
-    (["--data_sha256", "abc"], "data_sha256 abc is no SHA-256; give 64"),
-    (["--data_sha256", "0" * 64], "data_sha256 is for an archive"),
-    (["--external_dir", __file__], "external_dir .* is not a folder"),
-    (["--metric_for_best_model", ""], "metric_for_best_model"),
-    (["--load_best_model_at_end", "true", "--eval_strategy", "no"], "load_best_model_at_end requires"),
-    (["--hub_strategy", "foo"], "hub_strategy.*foo"),
-    (["--hub_space_id", "me/page"], "page of a model that is published; add --push_to_hub"),
-    (["--seed", "1", "2"], "unknown argument 2"),
-    (["--no_such_thing=hf_" + "x" * 34], "unknown argument --no_such_thing; "),
-    (["hf_" + "x" * 34], "unknown argument hf_\\.\\.\\.;"),
-    (["--evaluation_strategy", "epoch"], "did you mean --eval_strategy"),
-    (["--config"], "config.*expected one argument"),
-    (["--max_steps", "-2"], "max_steps is -2; give -1 to"),
-    (["--metric_for_best_model", "None"], "unknown --metric_for_best_model None"),
-    (["--eval_do_concat_batches", "false"], "eval_do_concat_batches would change"),
-    (["--use_liger_kernel"], "use_liger_kernel would change"),
-    (["--external_dir", ""], "--external_dir is empty"),
-    (["--data_dir", ""], "--data_dir is empty"),
-    (["--data_dir", "x" * 5000], "is not a folder"),
-    (["--split_by", "x" * 5000], "is not a file"),
-    (["--resume_from_checkpoint", "x" * 5000], "is not a folder"),
-    (["--output_dir", "caf\udce9"], "--output_dir is empty or no text"),
-    (["--data_root", "caf\udce9"], "--data_root is empty or no text"),
-    (["--data_root", "a\0b"], "--data_root is empty or no text"),
-    (["--config", str(ROOT)], "cannot read --config"),
-]
-BAD_URLS = [
-    ("", "--data_url is empty"),
-    ("no.zip", "no.zip is not a file; give a URL or the path of an archive"),
-    ("ftp://host/x.zip", "is not a file"),
-    (str(ROOT), "is not a file"),
-    (__file__, "is not named like an archive; give one that ends in"),
-    ("http://", "is no URL: it names no server"),
-    ("http:///a.zip", "is no URL: it names no server"),
-    ("http://host:99999/a.zip", "is no URL: Port out of range 0-65535"),
-    ("http://host/..zip", "is not named like an archive"),
-    ("http://host/cache.zip", "would be unpacked where the pixels are cached; rename it"),
-    ("http://host/download?id=7", "is not named like an archive"),
-    ("http://[::1/x.zip", "is no URL: Invalid IPv6 URL"),
-    ("https://user:hidden-word@host/x.zip", "--data_url has a password in it"),
-]
-
-
-@pytest.mark.parametrize("url, message", BAD_URLS)
-def test_an_archive_that_cannot_be_is_one_error_line(tmp_path, url, message):
-    with pytest.raises(SystemExit) as stopped:
-        read_settings(["--data_url", url, "--output_dir", str(tmp_path / "model")])
-    line = str(stopped.value)
-    assert re.fullmatch(r"error: .+; .+", line) and message in line and "hidden-word" not in line
-
-
-@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_a_mistake_is_one_error_line(folder, flags, message):
-    with pytest.raises(SystemExit) as stopped:
-        read_settings([*folder, *flags])
-    line = str(stopped.value)
-    assert re.fullmatch(r"error: .+; .+", line), line
-    assert re.search(message, line), line
-    assert transformers.integrations.deepspeed.deepspeed_config() is None  # it would outlive the refusal
-
-
-@pytest.mark.parametrize("name", ["output_dir", "data_root"])
-@pytest.mark.parametrize("inside", [".", "model", "red/../model/deep"])
-def test_folders_of_ours_may_not_lie_among_the_class_folders(tmp_path, name, inside):
-    """The first run would work, the second one take report/ for images."""
-    (tmp_path / "red").mkdir()
-    flags = {"output_dir": tmp_path.parent / "model", "data_root": tmp_path.parent / "data"} | {name: inside}
-    flags = [f"--{name}={tmp_path / value}" for name, value in flags.items()]
-    with pytest.raises(
-        SystemExit, match=f"error: --{name} .* lies in --data_dir, as if it were a class; choose"
-    ):
-        read_settings(["--data_dir", str(tmp_path), *flags])
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ("learning_rat: 1", "unknown setting 'learning_rat'.*did you mean learning_rate"),
+        ("epochs: 3", "unknown setting 'epochs'.*did you mean num_train_epochs\\?"),
         ("- seed", "holds no settings"),
         ("seed: [1, 2", "cannot read"),
         ("seed: many", "seed.*many"),
         ("config: other.yaml", "unknown setting 'config'"),
         ("output_dir: [a, b]", "unknown argument b"),
         ("seed: {a: 1}", "seed"),
-        ("7: 8", "unknown setting '7'"),
+        ("7: 8", "unknown setting '7'.*; see python finetune_vit.py --help$"),
         ('data_root: "a\\0b"', "--data_root is empty or no text"),
         ("[" * 5000, "cannot read"),
         ("seed: \x00", "cannot read"),
         ("!!python/object/apply:os.system ['true']", "cannot read"),
     ],
 )
-def test_a_mistake_in_the_yaml_file_is_one_error_line(tmp_path, folder, text, message):
+def test_a_mistake_in_the_yaml_file_is_one_error_line(tmp_path, right_flags, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit, match=message) as stopped:
-        read_settings([*folder, "--config", str(tmp_path / "run.yaml")])
+        read_settings([*right_flags, "--config", str(tmp_path / "run.yaml")])
     assert "\n" not in str(stopped.value)
 
 
@@ -307,9 +161,10 @@ def test_error_goes_to_standard_error_without_a_traceback():
 def test_help_explains_our_settings_with_defaults_and_hides_the_rest():
     text = " ".join(run_script("--help").stdout.split())
     for name in [*Settings.__annotations__, *TRAINING]:
-        if not name.startswith("ddp_"):
+        if not name.startswith("ddp_") and name != "arguments":  # which is no flag
             assert re.search(rf"--{name} .+?\(default: .+?\)", text), name
     assert "--adam_beta1" not in text and "no_load_best" not in text and len(text) < 5000
+    assert "--arguments" not in text
 
 
 @pytest.mark.parametrize(
@@ -342,28 +197,105 @@ def test_precision_follows_the_hardware(monkeypatch, device_type, capability, am
         (["--per_device_train_batch_size", "64", "--learning_rate", "1e-4"], 64, 1e-4),
     ],
 )
-def test_learning_rate_follows_the_images_a_step(folder, flags, images, rate):
-    _, training = read_settings([*folder, *flags])
-    assert images_a_step(training) == images
+def test_learning_rate_follows_the_images_per_step(right_flags, flags, images, rate):
+    _, training = read_settings([*right_flags, *flags])
+    assert images_per_step(training) == images
     assert training.learning_rate == rate
 
 
-def test_import_is_light():
-    code = "import sys, finetune_vit; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    heavy = {"torch", "transformers", "datasets", "evaluate", "pandas", "sklearn", "scipy", "matplotlib"}
-    assert not heavy & set(done.stdout.split())
-    assert "finetune_vit" in done.stdout.split()
+WORDS_OF_THE_ISSUE = {
+    "--lr": "learning_rate", "--epochs": "num_train_epochs", "--batch_size": "per_device_train_batch_size",
+    "--model": "model_name_or_path", "--train_dir": "data_dir", "--patients": "split_by",
+    "--image_size": "model_name_or_path",
+}  # fmt: skip
 
 
-def test_import_runs_nothing():
-    assert not finetune_vit.RUN and not hasattr(finetune_vit, "settings")
-    assert (ROOT / "finetune_vit.py").samefile(finetune_vit.__file__)
+@pytest.mark.parametrize("word", WORDS_OF_THE_ISSUE)
+def test_what_people_write_meets_the_setting(right_flags, word):
+    hint = re.escape(f"; did you mean --{WORDS_OF_THE_ISSUE[word]}?") + "$"
+    for written in (word, word.replace("_", "-").upper()):
+        for flags in ([written, "1"], [f"{written}=1"]):
+            with pytest.raises(SystemExit, match=f"^error: unknown argument {written}{hint}"):
+                read_settings([*right_flags, *flags])
+
+
+def test_every_word_is_none_of_our_settings_and_leads_to_one():
+    assert not WORDS.keys() & known_names() and set(WORDS.values()) <= known_names()
+
+
+@pytest.mark.parametrize("word", ["--nonsense", "--gpu_id", "--dropout", "--num_workers", "nonsense"])
+def test_a_word_that_nothing_is_like_gets_no_wrong_hint(right_flags, word):
+    message = f"^error: unknown argument {word}; see python finetune_vit.py --help$"
+    with pytest.raises(SystemExit, match=message):
+        read_settings([*right_flags, word])
+
+
+SECRET = "hf_" + "x" * 34
+
+
+@pytest.mark.parametrize(
+    "arguments, kept",
+    [
+        ([], []),
+        (["--seed", "1", "--hub_token", SECRET, "--demo"], ["--seed", "1", "--demo"]),
+        (["--hub_token", SECRET], []),
+        (["--hub-token", SECRET, "--seed", "1"], ["--seed", "1"]),
+        ([f"--hub_token={SECRET}", "--seed", "1"], ["--seed", "1"]),
+        ([f"--hub-token={SECRET}", "--seed", "1"], ["--seed", "1"]),
+        (["--hub_token=", "--seed", "1"], ["--seed", "1"]),
+        (["--hub_token", "a", "--hub_token", "b", "c"], ["c"]),
+        (["--predict", "--hub_tokens", "hub_token"], ["--predict", "--hub_tokens", "hub_token"]),
+        (["--output_dir", "a b", "--hub_model_id=me/x"], ["--output_dir", "a b", "--hub_model_id=me/x"]),
+    ],
+)
+def test_the_token_is_taken_out_of_the_arguments(arguments, kept):
+    before = [*arguments]
+    assert without_token(arguments) == kept and arguments == before
+
+
+@pytest.mark.parametrize("form", ["--hub_token {}", "--hub_token={}", "--hub-token {}", "--hub-token={}"])
+def test_settings_hold_the_arguments_as_given_but_for_the_token(right_flags, monkeypatch, form):
+    monkeypatch.setenv("HF_TOKEN", "another")
+    settings, training = read_settings([*right_flags, *form.format(SECRET).split(), "--seed", "1"])
+    assert settings.arguments == [*right_flags, "--seed", "1"]
+    assert os.environ["HF_TOKEN"] == SECRET and training.hub_token is None  # where the Hub's client finds it
+    assert SECRET not in str(dataclasses.asdict(settings)) + str(training.to_dict())
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--learning_rat", "1"], ["--recipe", "fastest"]])
+def test_help_and_mistakes_are_answered_without_heavy_packages(flags):
+    done = run_script(*flags, launcher=("-X", "importtime"))
+    lines = done.stderr.splitlines()
+    imported = {line.rsplit("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    assert {"steps.settings", "torch", "transformers"} <= imported
+    for package in ("datasets", "sklearn", "matplotlib"):
+        assert not [name for name in imported if name.split(".")[0] == package]
+    said = [line for line in lines if not line.startswith("import time:")]
+    if flags == ["--help"]:
+        assert done.returncode == 0 and "usage: python finetune_vit.py" in done.stdout and said == []
+    else:
+        assert done.returncode == 1 and len(said) == 1 and said[0].startswith("error: ")
+
+
+def test_no_room_imports_the_story():
+    rooms = [*(ROOT / "steps").rglob("*.py")]
+    assert len(rooms) > 20
+    for room in rooms:
+        imported = set()
+        for node in ast.walk(ast.parse(room.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported |= {node.module or "", *(alias.name for alias in node.names)}
+            elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+                imported |= {word.value for word in node.args if isinstance(word, ast.Constant)}
+        assert not [name for name in imported if name.split(".")[0] == "finetune_vit"], room
 
 
 def test_script_that_was_fetched_alone_says_so_at_once(tmp_path):
     (tmp_path / "finetune_vit.py").write_bytes((ROOT / "finetune_vit.py").read_bytes())
     done = subprocess.run([sys.executable, "finetune_vit.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "data/model_card.md is missing beside finetune_vit.py; fetch all of it: git clone" in done.stderr
+    assert done.stderr.startswith("error: the folder steps is missing beside ")
+    assert done.stderr.endswith(f"finetune_vit.py; fetch all of it: git clone {REPOSITORY}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["finetune_vit.py"]

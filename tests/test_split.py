@@ -1,20 +1,19 @@
-"""Step 5: near-duplicates are found, no group on two sides, every class on each, the same everywhere."""
+"""Step 5: no group on two sides, every class on each with its share, the same split everywhere."""
 
 import hashlib
-import io
 import logging
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from PIL import Image, ImageEnhance
-from transformers import ViTImageProcessor
 
-from finetune_vit import NEAR, SPLITS, Settings, compare, count_pairs, find_near_duplicates, group_images
-from finetune_vit import load_images, prepare_pixels, share_out, show_splits, split_by_file, split_images
-from finetune_vit import thumbnails, units
+from steps.duplicates import Scenes, count_pairs
+from steps.options import Settings
+from steps.split import SPLITS, cut_folds, deal, kept_whole, show_splits, split_by_file, split_images
+from steps.workspace import Workspace
+
 
 COUNTS = {"a": 200, "b": 100, "c": 47}
 
@@ -27,152 +26,29 @@ def images():
     return Dataset.from_dict({"file": files, "label": labels}, features=features)
 
 
-def alone(images):
-    """Every image its own group."""
-    return pd.Series(range(len(images)), images["file"][:])
-
-
 NO_PAIRS = pd.DataFrame({name: [] for name in ("file_a", "file_b", "distance", "label_a", "label_b")})
+
+
 RANDOM = Settings(split_by="random")
 
 
-def scene(seed, size=(288, 240)):
-    """A smooth picture with some detail inside a black border, as an endoscope sees it."""
-    rng = np.random.default_rng(seed)
-    coarse, fine = rng.integers(40, 200, (6, 7, 3)), rng.integers(0, 40, (30, 36, 3))
-    layers = [Image.fromarray(layer.astype(np.uint8)).resize(size, Image.BICUBIC) for layer in (coarse, fine)]
-    picture = Image.fromarray(np.asarray(layers[0]) + np.asarray(layers[1]))
-    frame = Image.new("RGB", size)
-    frame.paste(picture.crop((12, 12, size[0] - 12, size[1] - 12)), (12, 12))
-    return frame
+def alone(images):
+    """Every image a scene of its own."""
+    return grouped(images, range(len(images)))
 
 
-def shifted(picture, x, y):
-    return picture.transform(picture.size, Image.AFFINE, (1, 0, x, 0, 1, y))
+def grouped(images, groups):
+    """Scenes without near-duplicates, but with these groups."""
+    return Scenes(NO_PAIRS, pd.Series(groups, images["file"][:]))
 
 
-def recoded(picture, quality):
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
-    return Image.open(file)
-
-
-VARIANTS = {
-    "as-it-is": lambda picture: picture,
-    "recoded": lambda picture: recoded(picture, 25),
-    "half-as-large": lambda picture: picture.resize((144, 120)),
-    "other-shape": lambda picture: picture.resize((288, 288)),
-    "brighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.2),
-    "darker": lambda picture: ImageEnhance.Brightness(picture).enhance(0.6),
-    "shifted-right": lambda picture: shifted(picture, -9, 0),  # 3 % of the width
-    "shifted-up": lambda picture: shifted(picture, 4, 8),
-    "turned": lambda picture: picture.rotate(1.5, Image.BILINEAR),
-    "all-at-once": lambda picture: recoded(ImageEnhance.Brightness(shifted(picture, 5, -5)).enhance(1.1), 40),
-}
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    """40 unrelated scenes, of which 6 come in all variants, as prepared pixels; and their shape."""
-    folder = tmp_path_factory.mktemp("planted")
-    for number in range(40):
-        picture = scene(number)
-        for name, change in list(VARIANTS.items())[: None if number < 6 else 1]:
-            path = folder / "images" / "ab"[hash_of(name, number) % 2] / f"{number:02}-{name}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            change(picture).convert("RGB").save(path, quality=90)
-    images = load_images(folder / "images")
-    processor = ViTImageProcessor(size={"height": 224, "width": 224})
-    return prepare_pixels(images, folder / "images", processor, folder / "cache"), (3, 224, 224)
-
-
-def hash_of(*parts):
-    return hashlib.sha256(repr(parts).encode()).digest()[0]
-
-
-def test_planted_near_duplicates_form_one_group_and_unrelated_images_none(planted, tmp_path):
-    images, shape = planted
-    pairs = find_near_duplicates(images, shape, tmp_path / "near_duplicates.csv")
-    groups = group_images(images["file"][:], pairs)
-    numbers = pd.Series([file.split("/")[1][:2] for file in groups.index], groups.index)
-    assert groups.groupby(numbers).nunique().max() == 1  # one scene, one group
-    assert numbers.groupby(groups).nunique().max() == 1  # one group, one scene
-    assert groups.nunique() == 40 and groups.value_counts().iloc[:6].tolist() == [len(VARIANTS)] * 6
-
-
-def test_pairs_are_recorded_and_read_again(planted, tmp_path):
-    images, shape = planted
-    path = tmp_path / "near_duplicates.csv"
-    pairs = find_near_duplicates(images, shape, path)
-    assert list(pairs.columns) == ["file_a", "file_b", "distance", "label_a", "label_b"]
-    assert pairs["distance"].is_monotonic_increasing and 0 <= pairs["distance"].min()
-    assert pairs["distance"].max() <= NEAR and (pairs["file_a"] < pairs["file_b"]).all()
-    assert (pairs["label_a"] == pairs["file_a"].str[0]).all() and (pairs["label_a"] != pairs["label_b"]).any()
-    pd.testing.assert_frame_equal(pd.read_csv(path), pairs)
-    path.write_text(path.read_text().replace("0-as-it-is", "0-marked"))
-    assert find_near_duplicates(images, shape, path)["file_a"].str.contains("marked").any()
-
-
-def test_distance_is_the_smallest_of_nine_correlations(planted):
-    """Against numpy.corrcoef on cells cut out by hand."""
-    views = thumbnails(planted[0].select(range(30)), planted[1])
-    found = compare(views, views).set_index(["a", "b"])["distance"]
-
-    def cells(view, top, left):
-        window = view[top : top + 24, left : left + 24].astype(float)
-        cut = [window[y : y + 3, x : x + 3].mean((0, 1)) for y in range(0, 24, 3) for x in range(0, 24, 3)]
-        return (np.array(cut) - np.mean(cut, axis=0)).ravel()
-
-    for a in range(30):
-        for b in range(a + 1, 30):
-            shifts = [(top, left) for top in (1, 2, 3) for left in (1, 2, 3)]
-            middle = cells(views[a], 2, 2)
-            distance = min(1 - np.corrcoef(middle, cells(views[b], *shift))[0, 1] for shift in shifts)
-            assert ((a, b) in found.index) == (distance <= NEAR)
-            if distance <= NEAR:
-                assert found[a, b] == pytest.approx(distance, abs=1e-6)
-    assert len(found) == 32
-
-
-def test_eight_thousand_images_take_seconds_and_no_square_matrix():
-    rng = np.random.default_rng(0)
-    views = rng.integers(0, 256, (8000, 28, 28, 3), dtype=np.uint8)
-    views[4000:] = np.clip(views[:4000].astype(int) + rng.integers(-9, 10, views[:4000].shape), 0, 255)
-    start = time.perf_counter()
-    pairs = compare(views, views)
-    assert time.perf_counter() - start < 60  # about 3 on two idle cores
-    assert len(pairs) == 4000 and (pairs["b"] - pairs["a"] == 4000).all()
-
-
-def test_a_long_video_is_one_group_but_not_a_million_pairs():
-    rng = np.random.default_rng(0)
-    frame = rng.integers(0, 256, (28, 28, 3))
-    views = np.clip(frame + rng.integers(-9, 10, (1500, 28, 28, 3)), 0, 255).astype(np.uint8)
-    pairs = compare(views, views)
-    assert pairs.groupby("a").size().max() == 100 and len(pairs) < 150_000
-    every = 1 - np.corrcoef([view[2:26, 2:26].reshape(8, 3, 8, 3, 3).mean((1, 3)).ravel() for view in views])
-    assert every.max() < NEAR  # all of 1.1 million pairs are near
-    pairs = pairs.assign(file_a=pairs["a"].map(str), file_b=pairs["b"].map(str))
-    assert group_images([str(row) for row in range(1500)], pairs).nunique() == 1
-
-
-def test_flat_images_are_no_pair_and_raise_no_warning(recwarn):
-    views = np.full((3, 28, 28, 3), 7, np.uint8)
-    assert compare(views, views).empty and not recwarn.list
-
-
-def test_runaway_chain_is_cut_where_it_is_weakest():
-    """600 images: 200 frames in a chain, near in tens, farther apart between the tens."""
-    files = [f"a/{row:03}.jpg" for row in range(600)]
-    far = [0.035 if row % 10 == 0 else 0.005 for row in range(1, 200)]
-    pairs = pd.DataFrame({"file_a": files[:199], "file_b": files[1:200], "distance": far})
-    groups = group_images(files, pairs)
-    assert groups[:200].nunique() == 20 and groups.nunique() == 420
-    assert group_images(files, pairs[:50]).nunique() == 600 - 50  # 51 images are no runaway: 60 would be
+def work_in(folder, settings, seed=42):
+    """The workspace of a run in `folder`."""
+    return Workspace(settings, SimpleNamespace(seed=seed, output_dir=str(folder)), folder)
 
 
 def test_shares_are_kept_in_every_class(images, tmp_path):
-    splits = split_images(images, alone(images), RANDOM, 42, tmp_path / "split.csv")
+    splits = split_images(images, alone(images), work_in(tmp_path, RANDOM))
     assert {name: len(part) for name, part in splits.items()} == {"train": 243, "validation": 52, "test": 52}
     for label, n in enumerate(COUNTS.values()):
         for name, share in (("train", 0.7), ("validation", 0.15), ("test", 0.15)):
@@ -189,7 +65,7 @@ def test_no_group_straddles_and_shares_hold_over_fifty_seeds():
         order = rng.permutation(len(groups))
         groups, labels = groups[order], labels[order]
         for shares in ((0.7, 0.15, 0.15), (0.5, 0.3, 0.2), [0.2] * 5):
-            part = share_out(labels, groups, shares, seed)
+            part = deal(labels, groups, shares, seed)
             table = pd.DataFrame({"group": groups, "label": labels, "part": part})
             assert (table.groupby("group")["part"].nunique() == 1).all()
             found = pd.crosstab(table["label"], table["part"], normalize="index")
@@ -198,71 +74,70 @@ def test_no_group_straddles_and_shares_hold_over_fifty_seeds():
 
 def test_split_is_the_same_everywhere_and_follows_the_seed():
     labels, groups = np.repeat([0, 1, 2], [200, 100, 47]), np.arange(347) // 2
-    digest = hashlib.sha256(
-        share_out(labels, groups, (0.7, 0.15, 0.15), 42).astype("u1").tobytes()
-    ).hexdigest()
+    digest = hashlib.sha256(deal(labels, groups, (0.7, 0.15, 0.15), 42).astype("u1").tobytes()).hexdigest()
     assert digest.startswith("c70a719bd8eb8c28")
-    one, other = (share_out(labels, groups, (0.7, 0.15, 0.15), seed) for seed in (1, 2))
+    one, other = (deal(labels, groups, (0.7, 0.15, 0.15), seed) for seed in (1, 2))
     assert (one != other).any()
 
 
 def test_random_split_divides_groups_and_the_other_does_not(images):
     groups = pd.Series(np.arange(len(images)) // 4, images["file"][:])
-    assert pd.Series(units(groups, RANDOM)).is_unique
-    assert (units(groups, Settings()) == groups).all()
+    assert pd.Series(kept_whole(groups, RANDOM)).is_unique
+    assert (kept_whole(groups, Settings()) == groups).all()
 
 
 def test_straddling_pairs_are_counted_and_said(images, tmp_path, caplog):
     files, groups = images["file"][:], pd.Series(np.arange(347) // 2, images["file"][:])
     rows = [(files[i], files[i + 1], 0.01, files[i][0], files[i + 1][0]) for i in range(0, 346, 2)]
     pairs = pd.DataFrame(rows, columns=NO_PAIRS.columns)
-    random = split_images(images, groups, RANDOM, 42, tmp_path / "random.csv")
-    split = pd.read_csv(tmp_path / "random.csv").set_index("file")["split"]
+    scenes, work = Scenes(pairs, groups), work_in(tmp_path / "random", RANDOM)
+    random = split_images(images, scenes, work)
+    split = pd.read_csv(work.report / "split.csv").set_index("file")["split"]
     straddling = sum(split[a] != split[b] for a, b, *_ in rows)
     assert straddling > 50
     tested = sum((split[a] == "test") != (split[b] == "test") for a, b, *_ in rows)
-    assert count_pairs(pairs, groups, random) == {
+    assert count_pairs(scenes, random) == {
         "groups": 174, "near_duplicate_pairs": 173, "conflicting_label_pairs": 0,
         "pairs_across_splits": straddling, "pairs_across_test": tested,
     }  # fmt: skip
     with caplog.at_level(logging.INFO, "finetune_vit"):
-        show_splits(pairs, groups, random)
+        show_splits(random, scenes)
     assert f"{straddling} of them on two sides" in caplog.text
     assert f"optimistic: {tested} pairs join a test image" in caplog.text and 0 < tested < straddling
     caplog.clear()
-    grouped = split_images(images, groups, Settings(), 42, tmp_path / "grouped.csv")
-    assert count_pairs(pairs, groups, grouped)["pairs_across_splits"] == 0
+    whole = split_images(images, scenes, work_in(tmp_path / "whole", Settings()))
+    assert count_pairs(scenes, whole)["pairs_across_splits"] == 0
     with caplog.at_level(logging.INFO, "finetune_vit"):
-        show_splits(pairs, groups, grouped)
+        show_splits(whole, scenes)
     assert "optimistic" not in caplog.text
 
 
 def test_groups_too_large_for_the_shares_are_a_warning(images, tmp_path, caplog):
-    groups = pd.Series([0] * 150 + list(range(1, 198)), images["file"][:])  # 150 of 200 images of class a
+    scenes = grouped(images, [0] * 150 + list(range(1, 198)))  # 150 of 200 images of class a
     with caplog.at_level(logging.WARNING, "finetune_vit"):
-        split_images(images, groups, Settings(test_size=0.4), 42, tmp_path / "split.csv")
+        split_images(images, scenes, work_in(tmp_path, Settings(test_size=0.4)))
     assert "groups are too large" in caplog.text and "a 75%" in caplog.text
 
 
 def test_split_csv_records_every_image_and_is_taken_again(images, tmp_path):
-    path, groups = tmp_path / "report" / "split.csv", pd.Series(np.arange(347) // 3, images["file"][:])
-    splits = split_images(images, groups, Settings(), 42, path)
+    path, scenes = tmp_path / "report" / "split.csv", grouped(images, np.arange(347) // 3)
+    splits = split_images(images, scenes, work_in(tmp_path, Settings()))
     table = pd.read_csv(path)
     assert list(table.columns) == ["file", "label", "split", "group"]
-    assert len(table) == 347 and table["group"].tolist() == groups.tolist()
+    assert len(table) == 347 and table["group"].tolist() == scenes.groups.tolist()
     assert (table.groupby("group")["split"].nunique() == 1).all()
     assert (table["label"] == table["file"].str[0]).all()
     for again in (
-        split_images(images, groups, Settings(), 7, path),  # the record wins over another seed
-        split_images(images, groups, Settings(split_by=str(path)), 7, tmp_path / "other.csv"),
+        split_images(images, scenes, work_in(tmp_path, Settings(), seed=7)),  # the record wins over a seed
+        split_images(images, scenes, work_in(tmp_path / "other", Settings(split_by=str(path)), seed=7)),
     ):
         assert all(again[name]["file"][:] == splits[name]["file"][:] for name in SPLITS)
 
 
 def test_without_validation_images_the_test_images_choose_and_that_is_said(images, tmp_path, caplog):
-    settings, path = Settings(split_by="random", validation_size=0.0), tmp_path / "split.csv"
+    settings, path = Settings(split_by="random", validation_size=0.0), tmp_path / "report" / "split.csv"
     for seed in (42, 7):  # the second time it is read again
-        splits = split_images(images, alone(images), settings, seed, path)
+        splits = split_images(images, alone(images), work_in(tmp_path, settings, seed))
         assert splits.num_rows == {"train": 295, "validation": 52, "test": 52}
         assert splits["validation"]["file"][:] == splits["test"]["file"][:]
         assert not set(splits["train"]["file"]) & set(splits["test"]["file"])
@@ -274,11 +149,11 @@ def test_csv_file_decides(images, tmp_path, caplog):
     files = images["file"][:]
     chosen = ["train", "validation", "test"] * 115  # the last two images are not named
     pd.DataFrame({"file": files[:345][::-1], "split": chosen[::-1]}).to_csv(tmp_path / "my.csv", index=False)
-    mine = Settings(split_by=str(tmp_path / "my.csv"))
+    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
     with caplog.at_level(logging.WARNING, "finetune_vit"):
-        splits = split_images(images, alone(images), mine, 42, tmp_path / "split.csv")
+        splits = split_images(images, alone(images), work)
     assert splits["test"]["file"][:] == files[2:345:3]
-    assert "2 images" in caplog.text and len(pd.read_csv(tmp_path / "split.csv")) == 345
+    assert "2 images" in caplog.text and len(pd.read_csv(work.report / "split.csv")) == 345
 
 
 @pytest.mark.parametrize(
@@ -308,15 +183,15 @@ def test_bad_csv_file_is_one_error_line(images, tmp_path, text, message):
 def test_split_that_cannot_teach_or_test_is_refused(images, tmp_path, chosen, message):
     split = [chosen.get(file[0], SPLITS[row % 3]) for row, file in enumerate(images["file"])]
     pd.DataFrame({"file": images["file"][:], "split": split}).to_csv(tmp_path / "my.csv", index=False)
-    mine = Settings(split_by=str(tmp_path / "my.csv"))
+    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
     with pytest.raises(SystemExit, match=message):
-        split_images(images, alone(images), mine, 42, tmp_path / "split.csv")
-    assert not (tmp_path / "split.csv").exists()
+        split_images(images, alone(images), work)
+    assert not (work.report / "split.csv").exists()
 
 
 def test_small_classes_are_taught_and_tested():
     labels = np.repeat([0, 1, 2], [3, 4, 1000])
-    part = share_out(labels, np.arange(1007), (0.7, 0.15, 0.15), 42)
+    part = deal(labels, np.arange(1007), (0.7, 0.15, 0.15), 42)
     assert [sorted(part[labels == label]) for label in (0, 1)] == [[0, 1, 2], [0, 0, 1, 2]]
     assert [int((part[labels == 2] == name).sum()) for name in (0, 1, 2)] == [700, 150, 150]
 
@@ -325,44 +200,135 @@ def test_small_classes_are_taught_and_tested():
 def test_too_small_a_class_is_one_error_line(images, tmp_path, count):
     few = images.select([*range(300), *range(300, 300 + count)])
     with pytest.raises(SystemExit, match="too few readable images of c"):
-        split_images(few, alone(few), Settings(), 42, tmp_path / "split.csv")
+        split_images(few, alone(few), work_in(tmp_path, Settings()))
 
 
 def test_a_class_that_no_score_counts_is_named(images, tmp_path, caplog):
     split = ["train" if file[0] == "c" else SPLITS[row % 3] for row, file in enumerate(images["file"])]
     pd.DataFrame({"file": images["file"][:], "split": split}).to_csv(tmp_path / "my.csv", index=False)
-    mine = Settings(split_by=str(tmp_path / "my.csv"))
-    split_images(images, alone(images), mine, 42, tmp_path / "split.csv")
+    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
+    split_images(images, alone(images), work)
     assert "no validation images of c" in caplog.text and "no test images of c" in caplog.text
 
 
 def test_fewer_groups_than_splits_are_one_error_line(images, tmp_path):
     letters = [file[0] for file in images["file"]]
     groups = [letter if letter == "c" else row for row, letter in enumerate(letters)]
-    groups = pd.Series(pd.factorize(pd.Series(groups, dtype=object))[0], images["file"][:])
+    scenes = grouped(images, pd.factorize(pd.Series(groups, dtype=object))[0])
+    work = work_in(tmp_path, Settings())
     with pytest.raises(
         SystemExit, match="too few groups of near-duplicates in c: each class needs 3; add other"
     ):
-        split_images(images, groups, Settings(), 42, tmp_path / "split.csv")
-    assert not (tmp_path / "split.csv").exists()
+        split_images(images, scenes, work)
+    assert not (work.report / "split.csv").exists()
 
 
 def test_a_changed_csv_file_is_not_silently_ignored(images, tmp_path):
     table = pd.DataFrame({"file": images["file"][:], "split": [SPLITS[i % 3] for i in range(len(images))]})
-    mine, path = Settings(split_by=str(tmp_path / "my.csv")), tmp_path / "split.csv"
+    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
     table.to_csv(tmp_path / "my.csv", index=False)
-    split_images(images, alone(images), mine, 42, path)
+    split_images(images, alone(images), work)
     table[::-1].to_csv(tmp_path / "my.csv", index=False)  # the same, in another order
-    split_images(images, alone(images), mine, 42, path)
+    split_images(images, alone(images), work)
     table.loc[0, "split"] = "test"
     table.to_csv(tmp_path / "my.csv", index=False)
-    with pytest.raises(SystemExit, match="my.csv has changed since .*split.csv was made of it"):
-        split_images(images, alone(images), mine, 42, path)
+    (work.output_dir / "checkpoint-3").mkdir()  # until then it may be mended, see test_workspace
+    with pytest.raises(SystemExit, match="my.csv has changed since .*split.csv was made from it"):
+        split_images(images, alone(images), work)
 
 
 @pytest.mark.parametrize("split_by", ["near-duplicates", "random"])
 def test_more_folds_than_a_class_has_groups_are_noticed_before_training(images, tmp_path, split_by):
     small = images.select([*range(300), *range(300, 304)])
-    settings = Settings(cross_validate=5, split_by=split_by)
+    work = work_in(tmp_path, Settings(cross_validate=5, split_by=split_by))
     with pytest.raises(SystemExit, match="--cross_validate 5, but only 4 groups of images of c; give fewer"):
-        split_images(small, alone(small), settings, 42, tmp_path / "split.csv")
+        split_images(small, alone(small), work)
+
+
+def write_split(path, images, split_of):
+    """Write a CSV file for --split_by: split_of(file, row) for each file."""
+    split = [split_of(file, row) for row, file in enumerate(images["file"])]
+    pd.DataFrame({"file": images["file"][:], "split": split}).to_csv(path, index=False)
+
+
+@pytest.mark.parametrize(
+    "problem, message",
+    [
+        ("a class of two", "too few readable images of c"),
+        ("two groups", "too few groups of near-duplicates in c"),
+        ("two groups, five folds", "--cross_validate 5, but only 2 groups of images of c"),
+        ("no column", "has no column file"),
+        ("twice", "1 files twice"),
+        ("unknown split", r"unknown splits \['training'\]"),
+        ("absent file", "1 absent or unreadable files"),
+        ("not taught", "no train images of c"),
+        ("not tested", "no test images of a, b, c"),
+    ],
+)
+def test_what_is_refused_leaves_no_split_and_the_mended_run_goes_on(images, tmp_path, problem, message):
+    """Each error of `choose_split` and `check_split`; a split.csv would decide the next run."""
+    mine = tmp_path / "my.csv"
+    given, settings, scenes = images, Settings(split_by=str(mine)), alone(images)
+    if problem == "a class of two":
+        given, settings = images.select(range(302)), Settings()
+        scenes = alone(given)
+    elif problem.startswith("two groups"):
+        settings = Settings(cross_validate=5 if "folds" in problem else 0)
+        scenes = grouped(images, [min(row, 301) for row in range(347)])
+    elif problem == "not taught":
+        write_split(mine, images, lambda file, row: "test" if file[0] == "c" else SPLITS[row % 3])
+    elif problem == "not tested":
+        write_split(mine, images, lambda file, row: SPLITS[row % 2])
+    else:
+        lines = {
+            "no column": "name,split\na/000.jpg,train", "absent file": "file,split\nno/such.jpg,test",
+            "twice": "file,split\na/000.jpg,train\na/000.jpg,test",
+            "unknown split": "file,split\na/000.jpg,training",
+        }  # fmt: skip
+        mine.write_text(lines[problem])
+    work = work_in(tmp_path, settings)
+    with pytest.raises(SystemExit, match=message):
+        split_images(given, scenes, work)
+    assert not list(tmp_path.rglob("*split.csv"))
+    write_split(mine, images, lambda file, row: SPLITS[row % 3])
+    work = work_in(tmp_path, Settings(split_by=str(mine)))
+    splits = split_images(images, alone(images), work)
+    assert all(splits[name]["file"][:] == images["file"][number::3] for number, name in enumerate(SPLITS))
+    assert (work.report / "split.csv").exists()
+
+
+@pytest.mark.parametrize("folds", [3, 5])
+@pytest.mark.parametrize("split_by", ["near-duplicates", "random"])
+def test_folds_test_every_image_once_and_the_next_fold_validates(images, tmp_path, split_by, folds):
+    groups = np.random.default_rng(0).permutation(347) // 4  # many groups have two classes
+    settings = Settings(split_by=split_by, cross_validate=folds)
+    scenes, work = grouped(images, groups), work_in(tmp_path, settings)
+    splits = split_images(images, scenes, work)
+    parts = cut_folds(splits, scenes.groups, work)
+    assert len(parts) == folds and all(list(part) == list(SPLITS) for part in parts)
+    assert sorted(file for part in parts for file in part["test"]["file"]) == images["file"][:]
+    label = dict(zip(images["file"], images["label"], strict=True))
+    divided = 0
+    for fold, part in enumerate(parts):
+        role = {file: name for name in SPLITS for file in part[name]["file"]}
+        assert sorted(role) == images["file"][:] and len(role) == sum(part.num_rows.values())  # one role each
+        assert all(label[row["file"]] == row["label"] for rows in part.values() for row in rows)
+        assert part["validation"]["file"][:] == parts[(fold + 1) % folds]["test"]["file"][:]
+        divided += pd.Series(role).groupby(scenes.groups).nunique().gt(1).sum()
+        for number, n in enumerate(COUNTS.values()):  # every class has its share of every fold
+            assert part["test"]["label"][:].count(number) == pytest.approx(n / folds, abs=0.02 * n + 1)
+    assert (divided == 0) == (split_by == "near-duplicates")
+
+
+def test_folds_do_not_depend_on_the_split_and_follow_the_seed(images, tmp_path):
+    scenes, settings = grouped(images, np.arange(347) // 2), Settings(cross_validate=5)
+    tested = []
+    for name, seed in (("one", 42), ("two", 42), ("three", 7)):
+        work = work_in(tmp_path / name, settings, seed)
+        if name == "two":  # as another run has divided them
+            write_split(tmp_path / "my.csv", images, lambda file, row: SPLITS[row % 3])
+            work.report.mkdir(parents=True)
+            (tmp_path / "my.csv").rename(work.report / "split.csv")
+        splits = split_images(images, scenes, work)
+        tested.append([fold["test"]["file"][:] for fold in cut_folds(splits, scenes.groups, work)])
+    assert tested[0] == tested[1] != tested[2]

@@ -17,18 +17,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import COLOURS, ROOT, draw
+from conftest import COLOURS, ROOT, draw, read_settings, story
 from transformers import ViTImageProcessor
 
-from finetune_vit import (
-    classify,
-    find_inputs,
-    load_model,
-    make_space,
-    open_page,
-    predict_files,
-    read_settings,
-)
+from steps.preprocess import decode_file
+from steps.use import classify, find_inputs, load_classifier, open_page, predict_files, show_commands
 
 SCRIPT = ROOT / "finetune_vit.py"
 
@@ -44,6 +37,10 @@ def reported(run):
     return table[table["split"] == "test"].set_index("file")
 
 
+def run_classes(run):
+    return list(reported(run).columns[-8:])
+
+
 def test_a_few_images_are_shown_as_the_run_predicted_them(run, tmp_path):
     expected, images = reported(run).iloc[::9], run["data"] / "sample" / "sample"
     done = use(
@@ -55,7 +52,7 @@ def test_a_few_images_are_shown_as_the_run_predicted_them(run, tmp_path):
         _, prediction, probability, _, _ = line.split()
         assert prediction == row["prediction"]
         assert float(probability) == pytest.approx(row[prediction], abs=0.02)  # another batch in bf16
-    assert re.search(r"8 images, \d+\.\d a second", done.stdout) and list(tmp_path.iterdir()) == []
+    assert re.search(r"8 images, \d+\.\d images/s", done.stdout) and list(tmp_path.iterdir()) == []
 
 
 def test_many_images_go_into_a_table(run, tmp_path):
@@ -74,7 +71,7 @@ def test_many_images_go_into_a_table(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
     table = pd.read_csv(tmp_path / "predictions.csv").set_index("file")
-    classes = list(expected.columns[-8:])
+    classes = run_classes(run)
     assert list(table.columns) == ["prediction", *classes, "error"] and len(table) == 72 + 30 + 2
     folder = table.loc[[f"in/{file}" for file in expected.index]]
     assert (folder["prediction"].to_numpy() == expected["prediction"]).all()
@@ -86,10 +83,41 @@ def test_many_images_go_into_a_table(run, tmp_path):
         assert "UnidentifiedImageError" in table.loc[name, "error"] and f"unreadable: '{name}'" in done.stdout
     assert "104 images" in done.stdout and "0x" not in done.stdout
 
+    title, index, *shown = done.stdout.split("\n\n")[1].splitlines()  # the count per predicted class
+    counts = {name: int(n) for name, n in map(str.split, shown)}
+    assert (title.strip(), index.strip()) == ("images", "prediction") and sum(counts.values()) == 72 + 30
+    assert counts == table["prediction"].value_counts().to_dict()
+
     again = use(tmp_path, "--output_dir", run["model"], "--predict", "in")
     assert (again.returncode, again.stderr.splitlines()[-1]) == (
-        1, "error: predictions.csv exists; move it, or run in another folder"
+        1, "error: predictions.csv exists; name another file with --predictions_file"
     )  # fmt: skip
+
+
+def test_predictions_file_is_always_written(run, tmp_path):
+    """For a single image, too; and under the name that was given."""
+    file, row = next(reported(run).iterrows())
+    flags = ["--output_dir", run["model"], "--predict", run["data"] / "sample" / "sample" / file]
+    done = use(tmp_path, *flags, "--predictions_file", "deep/my answers.csv")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "deep" / "my answers.csv", keep_default_na=False)
+    assert list(table.columns) == ["file", "prediction", *run_classes(run), "error"] and len(table) == 1
+    assert table["prediction"][0] == row["prediction"] and table["error"][0] == ""
+    assert table[row["prediction"]][0] == pytest.approx(row[row["prediction"]], abs=0.02)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith(str(flags[-1])))
+    assert line.split()[1] == row["prediction"]  # it is shown as well
+    assert re.search(r" 1 images, \d+\.\d images/s: deep/my answers.csv\n", done.stdout)
+    assert os.listdir(tmp_path) == ["deep"] and os.listdir(tmp_path / "deep") == ["my answers.csv"]
+
+
+def test_predictions_file_that_is_there_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "mine.csv").write_text("mine")
+    (tmp_path / "a.png").touch()
+    flags = ["--model_name_or_path", "no-such/model", "--predict", "a.png", "--predictions_file", "mine.csv"]
+    done = use(tmp_path, *flags)
+    assert done.returncode == 1 and "reading the checkpoint" not in done.stdout
+    assert done.stderr.splitlines()[-1] == "error: --predictions_file mine.csv exists; give another name"
+    assert (tmp_path / "mine.csv").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -119,17 +147,36 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, flags, said):
         settings, training = read_settings(["--output_dir", "nothing", *flags])
         if settings.demo:
             open_page(settings, training)
-        predict_files(settings, training, Path("new.csv"))
+        predict_files(settings, training)
     assert sorted(os.listdir()) == ["trap.zip"]
 
 
-def test_nothing_but_damaged_files_is_no_table(run, tmp_path, capsys, caplog):
-    (tmp_path / "text.jpg").write_text("no image")
-    flags = ["--output_dir", str(run["model"]), "--predict", str(tmp_path)]
+def test_nothing_but_damaged_files_is_no_table(run, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.jpg").write_text("no image")
+    flags = ["--output_dir", run["model"], "--predict", tmp_path]
     with caplog.at_level("INFO", logger="finetune_vit"):
-        predict_files(*read_settings(flags), tmp_path / "new.csv")
+        predict_files(*read_settings(flags))
     assert capsys.readouterr().out == "" and re.search(r"unreadable: '.*text.jpg'", caplog.text)
-    assert "1 images" in caplog.text
+    assert "1 images" in caplog.text and os.listdir() == ["text.jpg"]
+
+
+def test_many_damaged_files_are_in_the_table_and_leave_nothing_to_count(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(21):
+        Path(f"{number}.jpg").write_text("no image")
+    predict_files(*read_settings(["--output_dir", run["model"], "--predict", tmp_path]))
+    assert pd.read_csv("predictions.csv")["error"].str.startswith("UnidentifiedImageError").sum() == 21
+    assert capsys.readouterr().out == ""
+
+
+def test_few_images_are_one_table_whatever_the_batch(run, tmp_path, capsys):
+    files = [run["data"] / "sample" / "sample" / file for file in reported(run).index[:5]]
+    flags = ["--output_dir", run["model"], "--per_device_eval_batch_size", 2, "--predict", *files]
+    predict_files(*read_settings(flags))
+    shown = capsys.readouterr().out.strip().splitlines()
+    assert shown[0].split() == "prediction probability or else with".split() and shown[1].strip() == "file"
+    assert [line.split()[0] for line in shown[2:]] == list(map(str, files))
 
 
 def test_another_model_is_taken_where_it_is_named(run, tmp_path):
@@ -148,11 +195,11 @@ def test_another_model_is_taken_where_it_is_named(run, tmp_path):
 def colour_model(tiny_vit):
     """A model of three classes, its processor, and settings of a small batch."""
     processor = ViTImageProcessor.from_pretrained(tiny_vit)
-    model = load_model(str(tiny_vit), list(COLOURS), processor, seed=0).eval()
-    _, training = read_settings(
-        ["--use_cpu", "true", "--bf16", "false", "--per_device_eval_batch_size", "32"]
-    )
-    return model, processor, training
+    flags = ["--use_cpu", "true", "--bf16", "false", "--per_device_eval_batch_size", "32"]
+    settings, training = read_settings(flags)
+    names = {"settings": settings, "training": training, "processor": processor, "class_names": list(COLOURS)}
+    model, _ = story(**names)["make_model"](str(tiny_vit))
+    return model.eval(), processor, training
 
 
 def test_memory_does_not_grow_with_the_number_of_files(colour_model, tmp_path):
@@ -175,13 +222,12 @@ def test_decoding_goes_on_while_the_model_works(colour_model, tmp_path, monkeypa
     """With decoding and the model as slow as each other, both take little longer than one of them."""
     draw(COLOURS["red"], np.random.default_rng(0)).save(tmp_path / "a.png")
     model, processor, training = colour_model
-    decode = sys.modules["finetune_vit"].decode_file
 
     def slow_decode(*args, **kwargs):
         time.sleep(0.1 * os.cpu_count() / 32)  # 0.1 s a batch
-        return decode(*args, **kwargs)
+        return decode_file(*args, **kwargs)
 
-    monkeypatch.setattr("finetune_vit.decode_file", slow_decode)
+    monkeypatch.setattr("steps.use.decode_file", slow_decode)
     model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     start = time.perf_counter()
     tables = list(classify({str(n): tmp_path / "a.png" for n in range(640)}, model, processor, training))
@@ -197,6 +243,27 @@ def test_inputs_keep_their_order_and_hidden_files_stay_out(tmp_path, make_images
         "red/002.jpg",
         *(f"{c}/00{n}.jpg" for c in COLOURS for n in range(3) if (c, n) != ("red", 2)),
     ]
+
+
+@pytest.mark.parametrize("more", ["scan.nii", "notes.txt"])
+def test_what_no_image_library_reads_is_counted(tmp_path, make_images, caplog, more):
+    folder = make_images(count=1)
+    for name in ("a.dcm", "b.DCM", more):
+        (folder / name).write_bytes(b"x")
+    with caplog.at_level("INFO", logger="finetune_vit"), find_inputs([str(folder)]) as inputs:
+        assert sorted(map(str, inputs.values())) == sorted(map(str, folder.rglob("*.jpg")))
+    (line,) = caplog.messages
+    assert ".dcm files, which Pillow does not read" in line and re.search(r"\b2\b", line)
+    assert (".nii files" in line) is (more == "scan.nii") and ".txt" not in line
+
+
+def test_the_next_commands_name_the_folder_where_it_is_not_the_usual_one(caplog):
+    with caplog.at_level("INFO", logger="finetune_vit"):
+        show_commands("model")
+        show_commands("my model")
+    usual, named = caplog.messages
+    assert usual == "next: python finetune_vit.py --predict PATH ...  or  python finetune_vit.py --demo"
+    assert named == usual.replace("finetune_vit.py", "finetune_vit.py --output_dir 'my model'")
 
 
 @pytest.fixture(scope="module")
@@ -250,16 +317,10 @@ def test_page_of_the_run_stands_alone(run):
     """report/space is a Space: an app that compiles, its requirements, its header, drawn examples."""
     space = run["model"] / "report" / "space"
     compile((space / "app.py").read_text(), "app.py", "exec")
-    assert {path.stem for path in (space / "examples").iterdir()} == set(reported(run).columns[-8:])
+    assert {path.stem for path in (space / "examples").iterdir()} == set(run_classes(run))
     assert "sdk: gradio" in (space / "README.md").read_text()
     assert "torch" in (space / "requirements.txt").read_text()
-
-
-def test_page_of_other_classes_has_no_examples_and_names_the_published_model(tmp_path):
-    app = make_space(tmp_path / "space", ["cat", "dog"], "me/pets", "v2")
-    assert not (tmp_path / "space" / "examples").exists()
-    assert "MODEL = 'me/pets'" in app.read_text() and "REVISION = 'v2'" in app.read_text()
-    assert "- me/pets" in (tmp_path / "space" / "README.md").read_text()
+    assert json.loads((space / "model.json").read_text()) == {"model": "", "revision": None}
 
 
 def test_export_to_onnx_agrees_with_the_model(run, tmp_path):
@@ -275,8 +336,7 @@ numpy.save("logits.npy", model.run(["logits"], {"pixel_values": numpy.load("pixe
     with open(optimum) as script:
         python = script.readline().removeprefix("#!").strip()
     subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
-    processor = ViTImageProcessor.from_pretrained(run["model"])
-    model = load_model(str(run["model"]), list(reported(run).columns[-8:]), processor, seed=0).eval()
+    model, _ = load_classifier(str(run["model"]))
     with torch.no_grad():
         logits = model(pixel_values=pixels).logits.numpy()
     assert np.abs(np.load(tmp_path / "logits.npy") - logits).max() < 1e-4

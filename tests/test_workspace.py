@@ -1,5 +1,6 @@
 """Step 1: one folder, one run; the checkpoint is looked at before anything long starts."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,11 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from conftest import ROOT
+import transformers
+from conftest import COLOURS, ROOT, load_images, make_work, read_settings
 from draw_sample import save_processor
 
-from finetune_vit import choose_checkpoint, claim, keep_on_drive, open_workspace, read_settings
+from steps.duplicates import find_scenes
+from steps.load import record_data
+from steps.options import Settings
+from steps.preprocess import keep_readable, prepare_pixels
+from steps.split import split_images
+from steps.workspace import MAY_DIFFER, choose_checkpoint, claim, keep_on_drive, open_workspace, pixel_shape
 
 
 @pytest.fixture
@@ -32,12 +40,13 @@ def test_settings_are_recorded_without_the_token(tmp_path, flags):
     assert "hf_marked_secret" not in text
 
 
-@pytest.fixture
-def begun(tmp_path, flags):
-    """The flags of a run that has a result."""
-    output_dir = open_workspace(*read_settings(flags))
-    (output_dir / "report").mkdir()
-    (output_dir / "report" / "split.csv").touch()
+@pytest.fixture(params=["checkpoint-3", "model.safetensors"])
+def begun(tmp_path, flags, request):
+    """The flags of a run that was trained."""
+    work = open_workspace(*read_settings(flags))
+    work.report.mkdir()
+    (work.report / "split.csv").touch()
+    (work.output_dir / request.param).mkdir()
     return flags
 
 
@@ -50,12 +59,15 @@ def begun(tmp_path, flags):
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
         (["--num_train_epochs", "6"], "num_train_epochs was 4.0, is 6.0"),
         (["--augment", "flip"], "augment was flip,turn, is flip"),
-        (["--per_device_train_batch_size", "32", "--learning_rate", "2e-5"], "images_a_step was 8, is 32"),
+        (["--per_device_train_batch_size", "32", "--learning_rate", "2e-5"], "images_per_step was 8, is 32"),
+        (["--save_strategy", "best"], "save_strategy was epoch, is best"),
+        (["--save_steps", "7"], "save_steps was 500, is 7"),
     ],
 )
-def test_other_settings_are_refused_by_name(begun, change, named):
+def test_other_settings_are_refused_by_name(tmp_path, begun, change, named):
     with pytest.raises(SystemExit, match=named):
         open_workspace(*read_settings([*begun, *change]))
+    assert (tmp_path / "model" / "report" / "split.csv").exists()
 
 
 def test_settings_may_be_mended_until_there_is_a_result(tmp_path, flags):
@@ -73,7 +85,120 @@ def test_settings_may_be_mended_until_there_is_a_result(tmp_path, flags):
     ],
 )  # fmt: skip
 def test_what_does_not_decide_the_result_may_change(tmp_path, begun, change):
-    assert open_workspace(*read_settings([*begun, *change])) == tmp_path / "model"
+    assert open_workspace(*read_settings([*begun, *change])).output_dir == tmp_path / "model"
+    assert (tmp_path / "model" / "report" / "split.csv").exists()
+
+
+def test_what_may_differ_are_names_of_settings():
+    fields = [*dataclasses.fields(Settings), *dataclasses.fields(transformers.TrainingArguments)]
+    assert set(MAY_DIFFER) <= {field.name for field in fields} and len(set(MAY_DIFFER)) == len(MAY_DIFFER)
+    assert not {"save_strategy", "save_steps"} & set(MAY_DIFFER) and "save_total_limit" in MAY_DIFFER
+
+
+def begin(flags):
+    """Go through steps 1 to 5 of the script; return the workspace."""
+    work = open_workspace(*read_settings(flags))
+    folder = Path(work.settings.data_dir)
+    processor = transformers.ViTImageProcessor.from_pretrained(work.settings.model_name_or_path)
+    images = load_images(folder)
+    record_data(images, folder, {}, work)
+    images = prepare_pixels(images, folder, processor, work.cache)
+    images = keep_readable(images, folder, work.report / "left_out.csv")
+    scenes = find_scenes(images, pixel_shape(processor), work.report / "near_duplicates.csv")
+    split_images(images, scenes, work)
+    return work
+
+
+def split_of(work):
+    """What split.csv says: {file: split}."""
+    table = pd.read_csv(work.report / "split.csv")
+    return dict(zip(table["file"], table["split"], strict=True))
+
+
+def write_split(path, shift=0, name="{}"):
+    """Write a split file for `ready`: of each class 4, 1 and 1 images, from number `shift` on; return it."""
+    parts = ["train"] * 4 + ["validation", "test"]
+    files = [name.format(f"{label}/{i:03}.jpg") for label in COLOURS for i in range(6)]
+    split = {file: parts[(row + shift) % 6] for row, file in enumerate(files)}
+    pd.DataFrame(split.items(), columns=["file", "split"]).to_csv(path, index=False)
+    return split
+
+
+@pytest.fixture
+def ready(tmp_path, flags, make_images):
+    """The flags of a run on 6 images per class."""
+    (tmp_path / "images").rmdir()
+    make_images(count=6)
+    return [*flags, "--data_root", str(tmp_path / "data")]
+
+
+def test_a_changed_seed_or_size_before_training_makes_the_split_anew(tmp_path, ready):
+    first = split_of(begin(ready))
+    seed = split_of(begin([*ready, "--seed", "1"]))
+    assert seed != first and seed.keys() == first.keys()
+    size = split_of(begin([*ready, "--seed", "1", "--test_size", "0.5"]))
+    assert sum(split == "test" for split in size.values()) == 9
+    record = json.loads((tmp_path / "model" / "settings.json").read_text())
+    assert record["training"]["seed"] == 1 and record["settings"]["test_size"] == 0.5
+    assert record["data"]["images"] == 18
+    assert split_of(begin(ready)) == first
+
+
+def test_what_was_found_before_training_is_kept_if_nothing_changed(ready):
+    work = begin(ready)
+    files = [work.report / name for name in ("split.csv", "near_duplicates.csv")]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert begin([*ready, "--evaluate_train", "--disable_tqdm", "true"]).output_dir == work.output_dir
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+@pytest.mark.parametrize("wrong", ["absent files", "other parts"])
+def test_another_split_file_takes_effect_until_something_is_trained(tmp_path, ready, wrong):
+    write_split(tmp_path / "wrong.csv", 2, "no/{}" if wrong == "absent files" else "{}")
+    right = write_split(tmp_path / "right.csv")
+    if wrong == "absent files":
+        with pytest.raises(SystemExit, match="wrong.csv names 18 absent or unreadable files"):
+            begin([*ready, "--split_by", str(tmp_path / "wrong.csv")])
+    else:
+        assert split_of(begin([*ready, "--split_by", str(tmp_path / "wrong.csv")])) != right
+    work = begin([*ready, "--split_by", str(tmp_path / "right.csv")])
+    assert split_of(work) == right
+    (work.output_dir / "checkpoint-3").mkdir()
+    with pytest.raises(SystemExit, match="made with other settings: split_by was .*right.csv, is .*wrong"):
+        begin([*ready, "--split_by", str(tmp_path / "wrong.csv")])
+    assert split_of(work) == right
+
+
+def test_a_split_file_may_be_mended_until_something_is_trained(tmp_path, ready):
+    ready += ["--split_by", str(tmp_path / "mine.csv")]
+    write_split(tmp_path / "mine.csv", 2)
+    begin(ready)
+    right = write_split(tmp_path / "mine.csv")
+    work = begin(ready)
+    assert split_of(work) == right
+    (work.output_dir / "checkpoint-3").mkdir()
+    write_split(tmp_path / "mine.csv", 2)
+    with pytest.raises(SystemExit, match="mine.csv has changed since .*split.csv was made from it; use"):
+        begin(ready)
+    assert split_of(work) == right
+
+
+@pytest.mark.parametrize("trained", ["checkpoint-3", "model.safetensors"])
+def test_other_images_take_effect_until_something_is_trained(tmp_path, ready, trained):
+    begin(ready)
+    shutil.copy(tmp_path / "images" / "red" / "000.jpg", tmp_path / "images" / "red" / "new.jpg")
+    work = begin(ready)
+    assert "red/new.jpg" in split_of(work)
+    pairs = pd.read_csv(work.report / "near_duplicates.csv")  # looked for again
+    assert ("red/000.jpg", "red/new.jpg") in set(zip(pairs["file_a"], pairs["file_b"], strict=True))
+    record = (work.output_dir / "settings.json").read_text()
+    assert json.loads(record)["data"]["images"] == 19
+    (work.output_dir / trained).mkdir()
+    begin(ready)
+    (tmp_path / "images" / "red" / "new.jpg").unlink()
+    with pytest.raises(SystemExit, match="made from other images than those in .*; use another --output_dir"):
+        begin(ready)
+    assert "red/new.jpg" in split_of(work) and (work.output_dir / "settings.json").read_text() == record
 
 
 def test_a_model_of_someone_else_is_not_touched(tmp_path, flags):
@@ -81,7 +206,8 @@ def test_a_model_of_someone_else_is_not_touched(tmp_path, flags):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(SystemExit, match="model.safetensors, but no settings.json"):
         open_workspace(*read_settings(flags))
-    assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+    assert {file.name for file in (tmp_path / "model").iterdir()} - {".lock"} == {"model.safetensors"}
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize("left", ["checkpoint-3/optimizer.pt", "report/metrics.json", "report/split.csv"])
@@ -100,12 +226,11 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, flags):
 
 
 def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
-    settings, training = read_settings(flags)
-    output_dir = open_workspace(settings, training)
-    assert choose_checkpoint(settings, output_dir) == str(tiny_vit)
-    shutil.copytree(tiny_vit, output_dir, dirs_exist_ok=True)
-    (output_dir / "trainer_state.json").write_text("{}")
-    assert choose_checkpoint(settings, output_dir) == str(output_dir)
+    work = open_workspace(*read_settings(flags))
+    assert choose_checkpoint(work) == str(tiny_vit)
+    shutil.copytree(tiny_vit, work.output_dir, dirs_exist_ok=True)
+    (work.output_dir / "trainer_state.json").write_text("{}")
+    assert choose_checkpoint(work) == str(work.output_dir)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +250,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_error_line(tmp_path, flags, confi
         checkpoint.mkdir()
         (checkpoint / "config.json").write_text(json.dumps(config))
         save_processor(checkpoint, size)
-    settings, _ = read_settings([*flags, "--model_name_or_path", str(checkpoint)])
+    work = make_work([*flags, "--model_name_or_path", checkpoint])
     with pytest.raises(SystemExit, match=message) as stopped:
-        choose_checkpoint(settings, tmp_path / "model")
+        choose_checkpoint(work)
     assert "\n" not in str(stopped.value)
 
 
@@ -156,9 +281,9 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_damaged_checkpoint_is_one_error_line_before_anything_else(tmp_path, flags, tiny_vit, name):
     folder = broken(tiny_vit, tmp_path / "broken", BROKEN[name])
-    settings, _ = read_settings([*flags, "--model_name_or_path", str(folder)])
+    work = make_work([*flags, "--model_name_or_path", folder])
     with pytest.raises(SystemExit, match=r"^error: cannot use .*/broken: .+; check --model_name") as stopped:
-        choose_checkpoint(settings, tmp_path / "model")
+        choose_checkpoint(work)
     assert "\n" not in str(stopped.value)
     if name == "a pickle":
         assert "a pickle can run code" in str(stopped.value)
@@ -170,20 +295,19 @@ def test_a_damaged_finished_model_is_named_with_the_way_out(tmp_path, flags, tin
     (tmp_path / "model" / "trainer_state.json").write_text("{}")
     change = BROKEN.get(name, {"trainer_state.json": None})
     folder = broken(tmp_path / "model", tmp_path / "other", change)
-    settings, _ = read_settings(flags)
+    work = make_work([*flags, "--output_dir", folder])
     if "model.safetensors" in change and change["model.safetensors"] is None:
-        assert choose_checkpoint(settings, folder) == str(tiny_vit)  # it was not finished
+        assert choose_checkpoint(work) == str(tiny_vit)  # it was not finished
     else:
         with pytest.raises(SystemExit, match="; delete its model.safetensors to make it again from the last"):
-            choose_checkpoint(settings, folder)
+            choose_checkpoint(work)
 
 
-def test_a_missing_network_is_one_line_that_says_so(tmp_path, flags, monkeypatch):
-    settings, _ = read_settings([*flags, "--model_name_or_path", "someone/vit-that-is-not-here"])
-    with pytest.raises(
-        SystemExit, match="cannot use someone/vit.*; check --model_name_or_path and the network"
-    ):
-        choose_checkpoint(settings, tmp_path / "model")
+def test_a_missing_network_is_one_line_that_says_so(flags):
+    work = make_work([*flags, "--model_name_or_path", "someone/vit-that-is-not-here"])
+    message = "cannot use someone/vit.*; check --model_name_or_path and the network"
+    with pytest.raises(SystemExit, match=message):
+        choose_checkpoint(work)
 
 
 @pytest.mark.parametrize("content", ["{", "", "null", '{"settings": {}}'])
@@ -203,7 +327,8 @@ def test_results_of_another_version_of_the_script_are_pointed_out(tmp_path, begu
 def test_one_folder_has_one_run_at_a_time(tmp_path):
     lock = claim(tmp_path / "model")
     assert claim(tmp_path / "model") is lock  # the same cell, run again
-    code = "import sys, pathlib, finetune_vit; finetune_vit.claim(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, steps.console; steps.console.start_logging(); import steps.workspace"
+    code += "; steps.workspace.claim(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path / "model")]
     other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 1 and other.stderr.startswith("error: another run is at work in")

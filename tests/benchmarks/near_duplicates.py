@@ -8,11 +8,11 @@ group, recall (of pairs whose class tokens have a cosine of 0.99 or more), accur
 logistic regression on the class tokens over 5 grouped folds, mean and standard deviation of 4 seeds.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import pandas as pd
 import PIL.Image
@@ -27,10 +27,16 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
-from transformers import ViTImageProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import finetune_vit as script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from story import make_work
+
+from steps import duplicates
+from steps.download import fetch_images
+from steps.load import load_folder
+from steps.preprocess import keep_readable, pixels_of, prepare_pixels
+from steps.use import load_classifier
+from steps.workspace import check_vit, pixel_shape
 
 
 def class_tokens(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -69,24 +75,28 @@ def probe(tokens: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[st
 
 
 def main() -> None:
-    temporary = tempfile.TemporaryDirectory()
-    settings, _ = script.read_settings([*sys.argv[1:], "--output_dir", temporary.name])
-    folder, _ = script.locate_images(settings, Path(settings.data_root))
-    cache = Path(settings.data_root) / "cache"
-    images = script.load_images(folder)
-    processor = ViTImageProcessor.from_pretrained(settings.model_name_or_path)
-    images = script.keep_readable(script.prepare_pixels(images, folder, processor, cache))
-    shape, labels, n = script.pixel_shape(processor), np.array(images["label"]), len(images)
-    pixels = script.pixels_of(images["file"], images, shape)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    _, flags = parser.parse_known_args()
+    import imagehash  # no package of ours: the help is there without it
 
-    model = script.load_model(settings.model_name_or_path, images.features["label"].names, processor, 0)
-    tokens = class_tokens(model.eval(), pixels.transpose(0, 3, 1, 2).copy())
+    temporary = tempfile.TemporaryDirectory()
+    work = make_work([*flags, "--output_dir", temporary.name])
+    name = work.settings.model_name_or_path
+    check_vit(name)
+    folder, _ = fetch_images(work)
+    model, processor = load_classifier(name)
+    images = prepare_pixels(load_folder(folder, work.cache), folder, processor, work.cache)
+    images = keep_readable(images, folder, work.report / "left_out.csv")
+    shape, labels, n = pixel_shape(processor), np.array(images["label"]), len(images)
+    pixels = pixels_of(images["file"], images, shape)
+
+    tokens = class_tokens(model, pixels.transpose(0, 3, 1, 2).copy())
     cosine = 1 - (tokens @ tokens.T).clip(-1, 1)
     bits = np.stack([imagehash.phash(PIL.Image.fromarray(picture)).hash.ravel() for picture in pixels])
     phash = (bits[:, None] != bits).sum(-1)
 
-    views, script.NEAR = script.thumbnails(images, shape), 0.5  # for all thresholds below
-    pairs = script.compare(views, views)
+    views, duplicates.NEAR = duplicates.thumbnails(images, shape), 0.5  # for all thresholds below
+    pairs = duplicates.near_pairs(views, views)
     cells = np.ones((n, n))
     cells[pairs["a"], pairs["b"]] = cells[pairs["b"], pairs["a"]] = pairs["distance"]
 

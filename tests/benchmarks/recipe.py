@@ -6,7 +6,7 @@
 After `--` stand flags of finetune_vit.py, for all runs. Protocols:
 groups   three folds of groups of near-duplicates as the script makes them
 scenes   three folds of strict scenes: connected components, cosine of the pretrained class tokens above 0.985
-few      20 training images a class, tested on all scenes that none of them is from
+few      20 training images per class, tested on all scenes that none of them is from
 uneven   the same, but of the most frequent class all images from two thirds of the scenes
 
 Each seed is another division and another training. There is no validation: the last epoch counts, for every
@@ -32,8 +32,19 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import softmax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import finetune_vit as script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from story import build_trainer, make_work, read_settings
+
+from steps.download import fetch_images
+from steps.duplicates import find_scenes
+from steps.files import atomic
+from steps.finetune import fit_head
+from steps.load import load_folder
+from steps.preprocess import Collator, keep_readable, prepare_pixels
+from steps.scores import calibration_error, fit_temperature, scores_of
+from steps.split import deal
+from steps.use import load_classifier
+from steps.workspace import check_vit, pixel_shape, versions
 
 TUTORIAL = ["--recipe", "tutorial", "--warmup_steps", "0.235"]  # its 500 of 2,125 steps, of shorter runs
 SMALL_STEPS = [*TUTORIAL, "--per_device_train_batch_size", "8"]
@@ -85,11 +96,11 @@ def strict_scenes(model, images, shape) -> np.ndarray:
 
 def predict(model, images, shape, views: bool = False) -> np.ndarray:
     """Return logits (n, classes); with `views`, log of the mean of 4 turns and their mirrors."""
-    logits, device = [], model.device
+    logits, device, collate = [], model.device, Collator(shape)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
         for batch in images.select_columns(["pixel_values", "label"]).iter(64):
             rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-            pixels = script.collate(rows, shape)["pixel_values"].to(device)
+            pixels = collate(rows)["pixel_values"].to(device)
             turned = [pixels.rot90(k, (2, 3)) for k in range(4 if views else 1)]
             turned += [picture.flip(3) for picture in turned] if views else []
             parts = [model(pixel_values=picture).logits.float().log_softmax(-1) for picture in turned]
@@ -101,7 +112,7 @@ def divisions(protocol: str, labels: np.ndarray, groups: np.ndarray, seed: int):
     """Yield the rows that train and the rows that test, of each fold or draw of one seed."""
     random = np.random.RandomState(seed)
     if protocol in ("groups", "scenes"):
-        fold = script.share_out(labels, groups, [1 / 3] * 3, seed)
+        fold = deal(labels, groups, [1 / 3] * 3, seed)
         for number in range(3):
             yield np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         return
@@ -122,10 +133,13 @@ def train(flags: list[str], common: list[str], splits, processor, seed: int):
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--seed", seed, "--output_dir", folder, "--report_to", "none", "--eval_strategy", "no"]
         fixed += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--logging_strategy", "no"]
-        settings, training = script.read_settings([*common, *flags, *map(str, fixed)])
-        names = splits["train"].features["label"].names
-        checkpoint = settings.model_name_or_path
-        model = script.load_model(checkpoint, names, processor, seed, settings.augment)
+        settings, training = read_settings([*common, *flags, *fixed])
+        transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
+        trainer = build_trainer(
+            settings.model_name_or_path, splits, training, settings=settings, processor=processor,
+            class_names=splits["train"].features["label"].names, shape=pixel_shape(processor),
+        )  # fmt: skip
+        model = trainer.model
         if "drop_path" in extras:
             drop_path(model, 0.1)
         if "patch_dropout" in extras:
@@ -133,12 +147,11 @@ def train(flags: list[str], common: list[str], splits, processor, seed: int):
         if "336" in extras:  # the position embeddings are interpolated
             more = {"interpolate_pos_encoding": True}
             model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | more), with_kwargs=True)
-        trainer = script.build_trainer(model, splits, processor, settings, training)
         if extras & {"mixup", "cutmix"}:
             mix(trainer, "cutmix" in extras)
         start = time.perf_counter()
         if settings.linear_probe:
-            script.fit_head(trainer, settings)
+            fit_head(trainer, settings.augment)
         average = EMA(0.98) if "ema" in extras else None
         if average:
             trainer.add_callback(average)
@@ -229,11 +242,8 @@ def mix(trainer, cut: bool) -> None:
 
 def macro_f1(labels: np.ndarray, guesses: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
     """Return the macro F1 of guesses (n,) for each row of weights (draws, n), of the classes there are."""
-    cells = [(labels == a) & (guesses == b) for a in range(classes) for b in range(classes)]
-    counts = np.stack([weights[:, cell].sum(1) for cell in cells], 1).reshape(-1, classes, classes)
-    both = counts.sum(1) + counts.sum(2)
-    scores = 2 * counts.diagonal(axis1=1, axis2=2) / np.maximum(both, 1e-9)
-    return scores.sum(1) / (both > 0).sum(1)
+    true, guessed = np.eye(classes)[labels], np.eye(classes)[guesses]
+    return scores_of(*(weights @ part for part in (true * guessed, true, guessed)))["macro_f1"].to_numpy()
 
 
 def out_of_fold_calibration(parts: list, labels: np.ndarray) -> float:
@@ -242,14 +252,14 @@ def out_of_fold_calibration(parts: list, labels: np.ndarray) -> float:
     for part in parts:
         others = [other for other in parts if other is not part] or [part]
         rows, logits = (np.concatenate([other[i] for other in others]) for i in range(2))
-        probabilities = softmax(part[1] / script.fit_temperature(logits, labels[rows]), axis=1)
+        probabilities = softmax(part[1] / fit_temperature(logits, labels[rows]), axis=1)
         confidence.append(probabilities.max(1))
         right.append(probabilities.argmax(1) == labels[part[0]])
-    return script.calibration_error(np.concatenate(confidence), np.concatenate(right))
+    return calibration_error(np.concatenate(confidence), np.concatenate(right))
 
 
 def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int = 2000) -> pd.DataFrame:
-    """Return a row a run; results[run][seed] is a list of (rows, logits, seconds), one a fold or draw."""
+    """Return a row per run; results[run][seed] is a list of (rows, logits, seconds), one per fold or draw."""
     random, group = np.random.RandomState(0), np.unique(groups, return_inverse=True)[1]
     n, classes = group.max() + 1, labels.max() + 1
     times = [np.bincount(random.randint(n, size=n), minlength=n)[group] for _ in range(draws)]
@@ -294,24 +304,21 @@ def main() -> None:
     parser.add_argument("common", nargs="*")
     options = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        settings, _ = script.read_settings([*options.common, "--output_dir", folder])
-    root = Path(settings.data_root)
-    folder, _ = script.locate_images(settings, root)
-    processor = transformers.ViTImageProcessor.from_pretrained(settings.model_name_or_path)
-    shape = script.pixel_shape(processor)
-    listed = script.load_images(folder)
-    images = script.keep_readable(script.prepare_pixels(listed, folder, processor, root / "cache"))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = make_work([*options.common, "--output_dir", temporary])
+    name, left_out = work.settings.model_name_or_path, options.results / "left_out.csv"
+    check_vit(name)
+    folder, _ = fetch_images(work)
+    model, processor = load_classifier(name)
+    shape, listed = pixel_shape(processor), load_folder(folder, work.cache)
+    images = keep_readable(prepare_pixels(listed, folder, processor, work.cache), folder, left_out)
     labels = np.array(images["label"])
     options.results.mkdir(parents=True, exist_ok=True)
-    near, scenes = options.results / "near_duplicates.csv", options.results / "scenes.npy"
     if options.protocol == "groups":
-        pairs = script.find_near_duplicates(images, shape, near)
-        groups = script.group_images(images["file"][:], pairs).to_numpy()
+        groups = find_scenes(images, shape, options.results / "near_duplicates.csv").groups.to_numpy()
     else:
+        scenes = options.results / "scenes.npy"
         if not scenes.exists():
-            names = images.features["label"].names
-            model = script.load_model(settings.model_name_or_path, names, processor, 0).eval()
             np.save(scenes, strict_scenes(model, images, shape))
         groups = np.load(scenes)
 
@@ -324,12 +331,12 @@ def main() -> None:
                 own, pixels = processor, images
                 if "+336" in RUNS[run]:
                     size = {"size": {"height": 336, "width": 336}}
-                    own = transformers.ViTImageProcessor.from_pretrained(settings.model_name_or_path, **size)
-                    pixels = script.keep_readable(script.prepare_pixels(listed, folder, own, root / "cache"))
+                    own = transformers.ViTImageProcessor.from_pretrained(name, **size)
+                    pixels = keep_readable(prepare_pixels(listed, folder, own, work.cache), folder, left_out)
                 parts = datasets.DatasetDict(train=pixels.select(taught), validation=pixels.select(tested))
                 model, seconds = train(RUNS[run], options.common, parts, own, seed)
-                logits = predict(model, parts["validation"], script.pixel_shape(own), "+views" in RUNS[run])
-                with script.whole(path) as part, part.open("wb") as file:
+                logits = predict(model, parts["validation"], pixel_shape(own), "+views" in RUNS[run])
+                with atomic(path) as part, part.open("wb") as file:
                     np.savez(file, rows=tested, logits=logits, seconds=seconds, key=json.dumps([run, seed]))
                 accuracy = (logits.argmax(1) == labels[tested]).mean()
                 print(f"{path.stem}: accuracy {accuracy:.3f}, {seconds:.0f} s", flush=True)
@@ -340,7 +347,7 @@ def main() -> None:
             run, seed = json.loads(str(found["key"]))
             part = found["rows"], found["logits"], float(found["seconds"])
         results.setdefault(run, {}).setdefault(seed, []).append(part)
-    print(f"\n{options.protocol}: {len(labels)} images, {len(np.unique(groups))} groups, {script.versions()}")
+    print(f"\n{options.protocol}: {len(labels)} images, {len(np.unique(groups))} groups, {versions()}")
     print(summarise(results, labels, groups).sort_values("macro F1").round(3).to_string())
 
 

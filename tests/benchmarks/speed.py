@@ -37,9 +37,15 @@ import transformers
 from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-import finetune_vit as script  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from story import ROOT, build_trainer, read_settings
+
+from steps.load import list_images, load_folder
+from steps.model import augment
+from steps.options import AUGMENTATIONS
+from steps.preprocess import Collator, prepare_pixels
+from steps.use import classify
+from steps.workspace import pixel_shape, versions
 
 KVASIR_SIZES = [(720, 576)] * 4 + [(1280, 1024)] * 3 + [(1920, 1072)]
 figures = defaultdict(list)  # (what, way, unit): measurements
@@ -100,7 +106,7 @@ def measure_preparation(images, folder: Path, processor, work: Path, repeats: in
         note("cache", "tutorial", "bytes/image", path.stat().st_size / few)
         for way, one in (("script", processor), ("script, 8/7 the side", larger)):
             start = time.perf_counter()
-            pixels = script.prepare_pixels(images, folder, one, work / f"{way}-{i}")
+            pixels = prepare_pixels(images, folder, one, work / f"{way}-{i}")
             note("prepare", way, "images/s", len(images) / (time.perf_counter() - start))
             size = Path(pixels.cache_files[0]["filename"]).stat().st_size
             note("cache", way, "bytes/image", size / len(images))
@@ -128,7 +134,7 @@ def example_dataset(images: datasets.Dataset, folder: Path, processor) -> datase
         )
 
         normalise = Normalize(processor.image_mean, processor.image_std)
-        size = script.pixel_shape(processor)[1:]
+        size = pixel_shape(processor)[1:]
         transform = Compose([RandomResizedCrop(size), RandomHorizontalFlip(), ToTensor(), normalise])
     else:
 
@@ -237,14 +243,14 @@ def measure_evaluation(trainer, shape: tuple[int, int, int], repeats: int) -> No
 
 def measure_prediction(trainer, folder: Path, processor, repeats: int) -> None:
     """Compare --predict, which decodes the files as it goes, with the model alone."""
-    args, shape, model = trainer.args, script.pixel_shape(processor), trainer.model.eval()
+    args, shape, model = trainer.args, pixel_shape(processor), trainer.model.eval()
     pixels = random_pixels(args.eval_batch_size, shape, args.device)
-    files = {path: Path(path) for path in script.list_images(folder)}
+    files = {path: Path(path) for path in list_images(folder)[0]}
     batches = len(files) // len(pixels)
     files = dict(list(files.items())[: batches * len(pixels)])
     for i in range(repeats + 1):
         start = clock(args.device)
-        rows = sum(len(table) for table in script.classify(files, model, processor, args))
+        rows = sum(len(table) for table in classify(files, model, processor, args))
         seconds = clock(args.device) - start
         with precision(args), torch.inference_mode():
             start = clock(args.device)
@@ -278,7 +284,7 @@ def tutorial_training(slow, checkpoint: str, args, repeats: int) -> Iterator[flo
 def measure_augmentation(args, shape: tuple[int, int, int], repeats: int) -> None:
     """Note what all four kinds cost, and what kornia needs for the same where it is installed."""
     pixels = random_pixels(32, shape, args.device)
-    ways = {"script": lambda: script.augment(pixels, ",".join(script.AUGMENTATIONS))}
+    ways = {"script": lambda: augment(pixels, ",".join(AUGMENTATIONS))}
     if importlib.util.find_spec("kornia"):
         import kornia.augmentation as kornia
 
@@ -290,9 +296,9 @@ def measure_augmentation(args, shape: tuple[int, int, int], repeats: int) -> Non
         )
         ways["kornia"] = lambda: steps(pixels / 255)
     for i in range(repeats + 1):
-        for way, augment in ways.items():
+        for way, vary in ways.items():
             start = clock(args.device)
-            augment()
+            vary()
             seconds = clock(args.device) - start
             if i:
                 note("augment", way, "ms/image", 1000 * seconds / len(pixels))
@@ -301,17 +307,17 @@ def measure_augmentation(args, shape: tuple[int, int, int], repeats: int) -> Non
 # ---------------------------------------------------------------- memory and start-up
 
 FEED = """
-import functools, sys
+import sys
 sys.path.insert(0, sys.argv[1])
-import datasets, finetune_vit as script, numpy as np
+import datasets, numpy as np
+from steps.preprocess import Collator
 from torch.utils.data import DataLoader
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 rows = datasets.Dataset.from_file(sys.argv[2])
 rows = rows.select(np.arange(int(sys.argv[3]))).select_columns(["pixel_values", "label"])
-collate = functools.partial(script.collate, shape=(3, 224, 224))
 peak = seen = 0
-for i, batch in enumerate(DataLoader(rows, batch_size=64, shuffle=True, collate_fn=collate)):
+for i, batch in enumerate(DataLoader(rows, batch_size=64, shuffle=True, collate_fn=Collator((3, 224, 224)))):
     seen += len(batch["labels"])
     if i % 16 == 0:
         peak = max(peak, status("RssAnon"))
@@ -344,7 +350,6 @@ def measure_start_up(work: Path, repeats: int) -> None:
     ways = {
         "import torch": ["-c", "import torch"],
         "from transformers import Trainer": ["-c", "from transformers import Trainer"],
-        "import finetune_vit": ["-c", "import finetune_vit"],
         "finetune_vit.py --help": ["finetune_vit.py", "--help"],
         "finished run on the sample, again": run,
     }
@@ -360,14 +365,15 @@ def measure_start_up(work: Path, repeats: int) -> None:
 
 def build(checkpoint: str, pixels, processor, options: list[str]) -> transformers.Trainer:
     """Return the script's own Trainer; both splits are whole batches of `pixels`, repeated if need be."""
-    settings, training = script.read_settings(options)
+    settings, training = read_settings(options)
     splits = {}
     for name, batch in (("train", training.train_batch_size), ("validation", training.eval_batch_size)):
         count = max(1, min(len(pixels), 256) // batch) * batch
         splits[name] = pixels.select(np.arange(count) % len(pixels))
-    names = pixels.features["label"].names
-    model = script.load_model(checkpoint, names, processor, 0)
-    return script.build_trainer(model, datasets.DatasetDict(splits), processor, settings, training)
+    return build_trainer(
+        checkpoint, datasets.DatasetDict(splits), training, settings=settings, processor=processor,
+        class_names=pixels.features["label"].names, shape=pixel_shape(processor),
+    )  # fmt: skip
 
 
 def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
@@ -376,7 +382,7 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
     folder = Path(options.data_dir or work / "photos").resolve()
     if options.data_dir is None:
         draw_photos(folder, 256)
-    images = script.load_images(folder)
+    images = load_folder(folder, work / "hub")
     few = min(len(images), 64)
     settings = ["--output_dir", str(work / "model"), "--report_to", "none", "--disable_tqdm", "true"]
     settings += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
@@ -387,15 +393,12 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
     slow, fast, larger, processor_of_larger = measure_preparation(
         images, folder, processor, work, options.repeats, few
     )
-    shape = script.pixel_shape(processor)
+    shape = pixel_shape(processor)
     trainer = build(checkpoint, fast, processor, settings)
-    wide = script.build_trainer(
-        trainer.model,
-        datasets.DatasetDict(train=larger, validation=larger),
-        processor_of_larger,
-        script.Settings(),
-        trainer.args,
-    )
+    wide = transformers.Trainer(
+        trainer.model, trainer.args, data_collator=Collator(pixel_shape(processor_of_larger)),
+        train_dataset=larger.select_columns(["pixel_values", "label"]),
+    )  # fmt: skip
     measure_iteration(slow, images, folder, processor, trainer, wide, options.repeats)
     trainer.add_callback(BareLoop(trainer, shape))
     trainer.train()
@@ -426,7 +429,7 @@ def main() -> None:
     ]  # fmt: skip
     cuda = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    header = {"machine": f"{machine}, {os.cpu_count()} CPU cores", "versions": script.versions()}
+    header = {"machine": f"{machine}, {os.cpu_count()} CPU cores", "versions": versions()}
     Path(options.output).write_text(
         json.dumps(header | {"command": sys.argv, "figures": rows}, indent=1) + "\n"
     )

@@ -1,5 +1,6 @@
-"""Web page that tries a fine-tuned image classifier: `python app.py`, or as a Space of the Hub."""
+"""Web page to try a fine-tuned image classifier: `python app.py`, or as a Space of the Hub."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,9 +9,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # what is shown here
 import gradio as gr
 from transformers import pipeline
 
-MODEL = ""  # its name on the Hub; if empty, the folder whose report this lies in
-REVISION = None  # branch there
-EXAMPLES = Path(__file__).resolve().parent / "examples"
+HERE = Path(__file__).resolve().parent
 WARNING = """For research and teaching. **Not a medical device: do not use it to diagnose, to treat or to
 triage anyone.** It answers with one of its classes whatever it is shown."""
 
@@ -30,15 +29,16 @@ def build_page(model: str, revision: str | None = None) -> gr.Interface:
         return {answer["label"]: answer["score"] for answer in answers}
 
     upload = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"])
-    upload.preprocess = lambda file: file and file.path  # its own ends in a traceback on what is no image
-    examples = sorted(map(str, EXAMPLES.glob("*.jpg")))
+    upload.preprocess = lambda file: file and file.path  # Gradio's ends in a traceback if it is no image
+    examples = sorted(map(str, (HERE / "examples").glob("*.jpg")))
+    note = " The examples are drawings." if examples else ""
     return gr.Interface(
         classify,
         upload,
         gr.Label(label="probabilities", num_top_classes=min(len(names), 10)),
         title=Path(model).name,
         description=WARNING,
-        article=f"{len(names)} classes: {', '.join(names)}." + " The examples are drawn." * bool(examples),
+        article=f"{len(names)} classes: {', '.join(names)}.{note}",
         examples=examples or None,
         example_labels=[Path(example).stem for example in examples] or None,
         cache_examples=False,
@@ -47,4 +47,5 @@ def build_page(model: str, revision: str | None = None) -> gr.Interface:
 
 
 if __name__ == "__main__":
-    build_page(MODEL or str(Path(__file__).resolve().parents[2]), REVISION).launch()
+    chosen = json.loads((HERE / "model.json").read_text(encoding="utf-8"))  # its name and branch on the Hub
+    build_page(chosen["model"] or str(HERE.parents[1]), chosen["revision"]).launch()

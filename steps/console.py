@@ -1,0 +1,138 @@
+"""What the user is told: log lines, tables, pictures, errors of one line.
+
+Only the standard library is imported at the top, so that a missing package can be named in one line.
+"""
+
+import errno
+import io
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, NoReturn
+
+MAIN = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes and speaks
+NOTEBOOK = "ipykernel" in sys.modules
+TOKEN = r"hf_\w{30,}"  # a token of the Hub
+# PASSING: a network drive recovers. LASTING: someone has to mend it.
+PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN}
+LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE}
+log = logging.getLogger("finetune_vit")
+
+
+def start_logging() -> None:
+    """Send log lines to standard output; in a script, let errors and Ctrl-C end in one line."""
+    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO if MAIN else logging.ERROR)
+    logging.raiseExceptions = False  # or every line after a closed pipe gets a traceback of its own
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices on new heads alarm newcomers
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or each attempt to reach the Hub is told twice
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads that wait for others keep a core busy
+    warnings.filterwarnings("ignore", "IProgress not found")  # tqdm draws its bars as text then
+    if not NOTEBOOK:
+        sys.excepthook = end_in_one_line
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+
+
+def first_line(problem: BaseException) -> str:
+    """Return the first line of what an exception says, or its kind."""
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__
+
+
+def stop(problem: object, remedy: str) -> NoReturn:
+    """Raise SystemExit with one line that a user can act on and that holds no token; status 1."""
+    line = f"error: {' '.join(str(problem).split())}; {remedy}"
+    raise SystemExit(re.sub(TOKEN, "hf_...", line) if MAIN else 1)
+
+
+def end_in_one_line(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
+    """Say in one line what ended the script; show a traceback only for what no user can mend."""
+    go_on = "run the same command to go on: what is finished is kept"
+    if issubclass(kind, KeyboardInterrupt):
+        line = f"stopped; {go_on}"
+    elif issubclass(kind, ModuleNotFoundError):
+        remedy = "activate the environment (source .venv/bin/activate), or pip install -r requirements.txt"
+        line = f"error: the package {problem.name} is not installed in {sys.executable}; {remedy}"
+    elif file_error(problem) in PASSING | LASTING:
+        line = f"error: a file cannot be used: {problem}; {go_on}"
+    else:
+        sys.__excepthook__(kind, problem, trace)
+        return
+    if MAIN:
+        print(line, file=sys.stderr)
+
+
+def file_error(problem: BaseException) -> int | None:
+    """Return the errno of a failed file operation, whichever library met it; None for any other problem."""
+    if isinstance(problem, OSError):
+        return problem.errno
+    number = re.search(r"os error (\d+)", str(problem))  # safetensors
+    return int(number[1]) if number else errno.ENOSPC if "inline_container" in str(problem) else None
+
+
+def retry(action: Callable, *args: Any, when: Callable | None = None, **options: Any) -> Any:
+    """Return action(*args, **options); after a failure that may pass, try again for half a minute.
+
+    `when` says of an exception whether it may pass; by default its errno is one of PASSING. Raises the last.
+    """
+    for wait in (1, 2, 4, 8, 16):
+        try:
+            return action(*args, **options)
+        except Exception as problem:
+            if not (when(problem) if when else file_error(problem) in PASSING):
+                raise
+            log.warning("warning: %s; trying again in %s s", " ".join(str(problem).split()), wait)
+            time.sleep(wait)
+    return action(*args, **options)
+
+
+def bars_wanted() -> bool:
+    """Say whether there is someone to watch a progress bar: in a terminal or notebook, not in a file."""
+    return MAIN and (NOTEBOOK or sys.stderr.isatty())
+
+
+def progress(*arguments: Any, **options: Any) -> Any:
+    """Return a `tqdm` bar, drawn if one is wanted."""
+    from tqdm.auto import tqdm
+
+    return tqdm(*arguments, **{"disable": not bars_wanted()} | options)
+
+
+def show(table: Any) -> None:
+    """Show a pandas table: as HTML in a notebook, as text in a terminal."""
+    if NOTEBOOK and MAIN:
+        from IPython.display import display
+
+        display(table)
+    elif MAIN:
+        print(f"\n{table.to_string()}\n", flush=True)
+
+
+def show_images(title: str, pictures: Iterable, captions: Iterable[str]) -> None:
+    """Show pictures, uint8 (height, width, 3), in a notebook; a terminal has no place for them."""
+    if NOTEBOOK and MAIN:
+        from matplotlib.figure import Figure
+
+        shown = list(zip(pictures, captions, strict=False))
+        rows = -(-len(shown) // 4)
+        figure = Figure(figsize=(10, 0.4 + 2.2 * rows), layout="constrained")
+        figure.suptitle(title)
+        for number, (picture, caption) in enumerate(shown, 1):
+            axes = figure.add_subplot(rows, 4, number)
+            axes.imshow(picture)
+            axes.set_title(caption, fontsize=9)
+            axes.axis("off")
+        figure.savefig(content := io.BytesIO())
+        show_picture(content.getvalue())
+
+
+def show_picture(content: bytes) -> None:
+    """Show a PNG in a notebook."""
+    from IPython.display import Image, display
+
+    display(Image(content, width=800))

@@ -1,0 +1,218 @@
+"""Step 8: predictions and their scores, on our test images, on other folds, on other folders."""
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.special
+import torch
+import transformers
+from datasets import Dataset, DatasetDict
+from transformers import Trainer, TrainingArguments
+
+from .console import MAIN, log, show, stop
+from .duplicates import Scenes, count_pairs, find_scenes, near_pairs, thumbnails
+from .files import read_json, read_table, remove, write_json, write_table
+from .finetune import chosen_epoch, save_metrics
+from .load import count_classes, load_external
+from .preprocess import keep_readable, prepare_pixels
+from .report import public
+from .scores import calibration, score, score_classes, truth_of
+from .settings import images_per_step
+from .split import SPLITS, cut_folds
+from .workspace import Workspace, pixel_shape, versions
+
+
+def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path) -> pd.DataFrame:
+    """Return for each image of the named splits: file, split, label, prediction, a probability per class.
+
+    Splits that the CSV file `path` holds, whole, are read from it; the others are predicted and added to it.
+    """
+    classes, tables = np.array(splits[names[0]].features["label"].names), {}
+    if path.exists():
+        found = read_table(path, ["file", "split", "label", "prediction", *classes])
+        files = {name: part["file"][:] for name, part in splits.items()}
+        found = found.groupby("split", sort=False)
+        tables = {name: table for name, table in found if table["file"].tolist() == files.get(name)}
+    missing = [name for name in names if name not in tables]
+    for name in missing:
+        inputs = splits[name].select_columns(["pixel_values", "label"])
+        outputs = trainer.predict(inputs, metric_key_prefix=name)
+        save_metrics(trainer, outputs.metrics)
+        probabilities = scipy.special.softmax(outputs.predictions.astype(float), axis=1)
+        table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
+        table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
+        tables[name] = pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1)
+    predictions = pd.concat(tables.values(), ignore_index=True)
+    return write_table(path, predictions) if missing else predictions
+
+
+def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, trainer: Trainer) -> dict:
+    """Return the content of report/metrics.json, found there if it covers the same splits."""
+    output_dir = Path(trainer.args.output_dir)
+    path, parts = output_dir / "report" / "metrics.json", dict(tuple(predictions.groupby("split")))
+    record, class_names = read_json(output_dir / "settings.json"), splits["train"].features["label"].names
+    results = read_json(path) | {"data": record["data"]}
+    if parts.keys() <= results.keys():
+        return results
+    tables = {name: parts[name] for name in reversed(SPLITS) if name in parts}
+    results |= {name: score_split(table, scenes, class_names) for name, table in tables.items()}
+    results["per_class"] = score_classes(parts["test"], scenes.groups, class_names)
+    logged = set().union(*trainer.state.log_history)
+    results["made"] = (
+        "fine-tuned" if "epoch" in logged else "probed" if "ridge_strength" in logged else "evaluated"
+    )
+    if results["made"] == "fine-tuned":
+        results["chosen_epoch"] = chosen_epoch(trainer.args, trainer.state)
+    temperature = getattr(trainer.model.config, "calibration_temperature", 1.0)
+    results["calibration"] = calibration(*truth_of(parts["test"], class_names), temperature)
+    uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
+    results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
+    results["split"] = {"by": public(record["settings"]["split_by"])} | splits.num_rows
+    results["split"] |= count_pairs(scenes, splits)
+    results["split"]["classes"] = {name: count_classes(part) for name, part in splits.items()}
+    results["speed"] = measured_speed(trainer, splits["train"])
+    recorded = record["settings"] | record["training"]
+    results["settings"] = {name: public(value) for name, value in recorded.items()}
+    results["images_per_step"] = images_per_step(trainer.args)  # few images make smaller batches
+    results["versions"] = versions() | {"device": describe_device(trainer.args)}
+    write_json(path, results)
+    return results
+
+
+def describe_device(training: TrainingArguments) -> str:
+    """Return what computed: the GPU or cpu, its cores and, if there are several, the processes."""
+    kind, processes = training.device.type, training.world_size
+    device = torch.cuda.get_device_name() if kind == "cuda" else kind
+    return f"{device}, {os.cpu_count()} CPU cores" + (f", {processes} processes" if processes > 1 else "")
+
+
+def score_split(predictions: pd.DataFrame, scenes: Scenes, class_names: list[str]) -> dict[str, dict]:
+    """Return the scores of one split, see `score`."""
+    return score(*truth_of(predictions, class_names), scenes.groups[predictions["file"]].to_numpy())
+
+
+def cover_shortcuts(trainer: Trainer, test: Dataset) -> dict[str, dict[str, float]]:
+    """Return {what is painted black: {"accuracy", "macro_f1"}} of the test images: tissue or overlay?
+
+    The position inset and burnt-in text lie in the lower left corner and along the border. The lower right
+    corner is the control: it costs as much tissue and hides no overlay.
+    """
+    height, width = pixel_shape(trainer.processing_class)[1:]
+    y, x = (torch.arange(height)[:, None] + 0.5) / height, (torch.arange(width) + 0.5) / width
+    regions = {
+        "lower left corner": (y > 0.65) & (x < 0.36),
+        "lower right corner": (y > 0.65) & (x > 0.64),
+        "border, one eighth": torch.maximum((x - 0.5).abs(), (y - 0.5).abs()) > 0.375,
+    }
+    result, inputs = {}, test.select_columns(["pixel_values", "label"])
+    for name, region in regions.items():
+
+        def cover(module: torch.nn.Module, args: tuple, kwargs: dict, region: torch.Tensor = region) -> tuple:
+            black = region.to(kwargs["pixel_values"].device)
+            return args, kwargs | {"pixel_values": kwargs["pixel_values"].masked_fill(black, 0)}
+
+        with trainer.model.register_forward_pre_hook(cover, with_kwargs=True, prepend=True):
+            scores = trainer.predict(inputs).metrics
+        result[name] = {metric: scores[f"test_{metric}"] for metric in ("accuracy", "macro_f1")}
+    return result
+
+
+def measured_speed(trainer: Trainer, pixels: Dataset) -> dict[str, float | None]:
+    """Return the images/s of each long step, None if it was not run, and the peak memory in bytes."""
+    prepared = read_json(Path(pixels.cache_files[0]["filename"]).with_suffix(".json"))
+    evaluated = read_json(Path(trainer.args.output_dir) / "all_results.json")
+    epochs = [entry for entry in trainer.state.log_history if "train_seconds" in entry]
+    images, seconds = (sum(entry[name] for entry in epochs) for name in ("train_images", "train_seconds"))
+    return {
+        "prepare_images_per_second": prepared.get("images_per_second"),
+        "train_images_per_second": images / seconds if epochs else None,
+        "train_seconds": seconds if epochs else None,
+        "evaluate_images_per_second": evaluated.get("test_samples_per_second"),
+        "peak_memory_bytes": peak_memory(trainer.args.device.type),
+    }
+
+
+def peak_memory(device_type: str) -> int | None:
+    """Return the most memory held so far, in bytes: on the GPU if it was used, else by this process."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def show_results(results: dict) -> None:
+    """Show the scores of each split, of each class, and with parts painted black."""
+    scores = pd.DataFrame({name: results[name] for name in SPLITS if name in results})
+    show(scores.map(lambda score: round(score["value"], 3)))
+    show(pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int, "groups": "Int64"}))
+    show(pd.DataFrame(results["shortcuts"]).T.round(3).rename_axis("test images, painted black:"))
+    for name in ("accuracy", "macro_f1", "mcc", "ece"):
+        interval = "{value:.3f}, 95 % interval {low:.3f} to {high:.3f}".format(**results["test"][name])
+        log.info("test %s %s, n = %s", name.replace("_", " "), interval, results["split"]["test"])
+
+
+def cross_validate(fine_tune: Callable, splits: DatasetDict, scenes: Scenes, work: Workspace) -> dict:
+    """Return {"folds": K, metric: {"mean", "sd"}}; report/cross_validation.csv has every image's prediction.
+
+    Fold k tests, fold k + 1 chooses epoch and temperature, the others train. A finished fold keeps only its
+    predictions.
+    """
+    class_names, folds = splits["train"].features["label"].names, work.settings.cross_validate
+    tables, scores = [], []
+    for fold, parts in enumerate(cut_folds(splits, scenes.groups, work), 1):
+        options, folder = copy.copy(work.training), work.output_dir / f"fold-{fold}-of-{folds}"
+        options.output_dir, options.resume_from_checkpoint = str(folder), None
+        if (kept := folder / "predictions.csv").exists():
+            table = read_table(kept, ["label", *class_names])
+        else:
+            log.info("fold %s of %s", fold, folds)
+            folder.mkdir(parents=True, exist_ok=True)
+            transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
+            trainer = fine_tune(work.settings.model_name_or_path, parts, options)
+            table = predict(trainer, parts, ["test"], kept)
+        for file in folder.iterdir() if MAIN else ():
+            if file != kept and not file.name.startswith(".part"):  # those are for their writers to remove
+                remove(file)
+        tables.append(table.assign(split=f"fold {fold}"))
+        labels, probabilities = truth_of(tables[-1], class_names)
+        values = score(labels, probabilities, np.arange(len(labels)))
+        scores.append({name: value["value"] for name, value in values.items()})
+    write_table(work.report / "cross_validation.csv", pd.concat(tables))
+    spread = pd.DataFrame(scores).agg(["mean", "std"]).rename({"std": "sd"}).to_dict()
+    for name in ("accuracy", "macro_f1"):
+        log.info("%s folds: %s {mean:.3f} ± {sd:.3f}".format(**spread[name]), folds, name)
+    return {"folds": folds} | spread
+
+
+def evaluate_external(splits: DatasetDict, trainer: Trainer, work: Workspace) -> dict[str, Any]:
+    """Return the scores on images from elsewhere; external-NAME-KEY.csv in the report has the predictions."""
+    class_names, processor = splits["train"].features["label"].names, trainer.processing_class
+    folder, shape = Path(work.settings.external_dir).resolve(), pixel_shape(processor)
+    with work.training.main_process_first(local=False):
+        pixels = prepare_pixels(load_external(class_names, work), folder, processor, work.cache)
+    name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
+    pixels = keep_readable(pixels, folder, work.report / f"left_out-{name}.csv")
+    seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
+    twins = near_pairs(thumbnails(pixels, shape), seen)["a"].unique()
+    new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
+    if not len(new):
+        stop(f"{folder} has only near-duplicates of our own images", "leave --external_dir out")
+    with work.training.main_process_first(local=False):
+        scenes = find_scenes(new, shape, work.report / f"near_duplicates-{name}.csv")
+    table = predict(trainer, DatasetDict(external=new), ["external"], work.report / f"external-{name}.csv")
+    scores = score_split(table, scenes, class_names)
+    text = "accuracy {value:.3f}, 95 %% interval {low:.3f} to {high:.3f}".format(**scores["accuracy"])
+    log.info("%s: " + text + ", n = %s, without %s near-duplicates", folder.name, len(new), len(twins))
+    per_class = score_classes(table, scenes.groups, class_names)
+    per_class = {name: row for name, row in per_class.items() if row["n"]}
+    record = {"folder": folder.name, "images": len(new), "near_duplicates_left_out": len(twins)}
+    return record | scores | {"per_class": per_class}

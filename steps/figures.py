@@ -1,0 +1,168 @@
+"""Step 9: pictures of what the numbers say. Charts may be published; galleries show images and stay here."""
+
+from collections.abc import Callable
+from functools import partial
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from transformers import Trainer, ViTForImageClassification
+
+from .duplicates import Scenes
+from .model import attention_rollout
+from .preprocess import pixels_of
+from .scores import BINS, calibration_error, temper, truth_of
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
+
+
+def charts(results: dict, predictions: pd.DataFrame, history: list[dict]) -> dict[str, Callable[[], Figure]]:
+    """Return {file name: function that draws the chart}."""
+    tested, names = predictions[predictions["split"] == "test"], list(results["per_class"])
+    truth, temperature = truth_of(tested, names), results["calibration"]["temperature"]
+    curves = {"training_curves.png": partial(draw_training_curves, history)}
+    return (curves if results["made"] == "fine-tuned" else {}) | {
+        "confusion_matrix.png": partial(draw_confusion_matrix, tested, names),
+        "per_class.png": partial(draw_class_bars, results["per_class"]),
+        "reliability.png": partial(draw_reliability, *truth, temperature),
+    }
+
+
+def galleries(
+    predictions: pd.DataFrame, scenes: Scenes, images: Dataset, trainer: Trainer
+) -> dict[str, Callable[[], Figure]]:
+    """Return {file name: function that draws it} for mistakes, attention, label conflicts, if any exist."""
+    tested, names = predictions[predictions["split"] == "test"], images.features["label"].names
+    tested = tested.iloc[np.argsort(-tested[names].max(axis=1), kind="stable")]
+    right = tested["label"] == tested["prediction"]
+    shown = {"mistakes.png": tested[~right], "attention.png": tested[right].groupby("label").head(1)}
+    drawn = {
+        name: partial(draw_examples, rows[:12], names, images, trainer.model)
+        for name, rows in shown.items()
+        if len(rows)
+    }
+    conflicts = scenes.pairs[scenes.pairs["label_a"] != scenes.pairs["label_b"]]
+    if len(conflicts):
+        drawn["label_conflicts.png"] = partial(draw_conflicts, conflicts[:12], images, trainer.model)
+    return drawn
+
+
+def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
+    """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class."""
+    counts = confusion_matrix(predictions["label"], predictions["prediction"], labels=class_names)
+    shares, few = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), len(class_names) <= 12
+    size = 3.2 + (0.7 if few else 0.36) * len(class_names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(shares, display_labels=class_names)
+    display.plot(ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, colorbar=False)
+    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{counts.sum():,} test images")
+    for place, text in np.ndenumerate(display.text_):
+        share = f"\n{shares[place]:.0%}" if few else ""
+        text.set(text=f"{counts[place]:,}{share}", fontsize=10 if few else 8)
+        if not counts[place]:
+            text.remove()
+    figure.colorbar(display.im_, ax=axes, label="share of the true class", shrink=0.8)
+    return figure
+
+
+def draw_training_curves(log_history: list[dict]) -> Figure:
+    """Draw losses and validation scores by epoch."""
+    history = pd.DataFrame(log_history).groupby("epoch").first()
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, column, label, style, colour in (
+        (left, "loss", "training loss", "s-", ORANGE),
+        (left, "eval_loss", "validation loss", "o-", BLUE),
+        (right, "eval_accuracy", "validation accuracy", "o-", BLUE),
+        (right, "eval_macro_f1", "validation macro F1", "^-", ORANGE),
+    ):
+        if column in history:
+            history[column].dropna().plot(ax=axes, style=style, color=colour, label=label, markersize=4)
+            axes.legend()
+        axes.set_xlabel("epoch")
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_class_bars(per_class: dict[str, dict]) -> Figure:
+    """Draw the recall of each class that was tested, with its 95 % interval, and its precision."""
+    table = pd.DataFrame({f"{name} ({row['n']})": row for name, row in per_class.items() if row["n"]}).T[::-1]
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
+    axes, recall = figure.subplots(), table["recall"]
+    axes.barh(table.index, recall, color=BLUE, alpha=0.5, label="recall (sensitivity)")
+    reach = recall - table["recall_low"], table["recall_high"] - recall
+    bars = {"fmt": "none", "color": "black", "capsize": 3, "label": "its 95 % interval"}
+    axes.errorbar(recall, table.index, xerr=reach, **bars)
+    axes.plot(table["precision"], table.index, "D", color=ORANGE, markersize=5, label="precision")
+    axes.set(xlim=(0, 1.02), xlabel="share; in brackets: test images of the class")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature: float) -> Figure:
+    """Draw accuracy by probability, before and after the temperature, and accuracy by coverage."""
+    right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, other = figure.subplots(1, 2)
+    for name, values, style, colour in (
+        ("before", temper(probabilities, 1 / temperature).max(1), "s--", ORANGE),
+        (f"after, T = {temperature:.2f}", confidence, "o-", BLUE),
+    ):
+        bins = pd.DataFrame({"x": values, "y": right}).groupby(np.ceil(values * BINS)).mean()
+        label = f"{name}: ECE {calibration_error(values, right):.3f}"
+        left.plot(bins["x"], bins["y"], style, color=colour, label=label, markersize=5)
+    left.axline((0, 0), slope=1, color="grey", linewidth=1)
+    left.set(xlabel="probability of the predicted class", ylabel="share of right answers", xlim=(0, 1.02))
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9)
+    count, order = np.arange(1, len(labels) + 1), np.argsort(-confidence, kind="stable")
+    other.plot(count / len(labels), right[order].cumsum() / count, color=BLUE)
+    other.axvline(0.9, color="grey", linewidth=1, linestyle="--")
+    other.set(xlabel="share of the images answered, most certain first", ylabel="accuracy on them")
+    for axes in (left, other):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_pairs(left: np.ndarray, right: np.ndarray, captions: list[str]) -> Figure:
+    """Draw pictures, uint8 (n, height, width, 3), in pairs, three pairs per row."""
+    rows = -(-len(left) // 3)
+    figure = Figure(figsize=(10, 2.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, first, second, caption in zip(grid, left, right, captions, strict=False):
+        axes.imshow(np.hstack([first, np.full_like(first[:, :4], 255), second]))
+        axes.set_title(caption, fontsize=9)
+    return figure
+
+
+def draw_conflicts(pairs: pd.DataFrame, images: Dataset, model: ViTForImageClassification) -> Figure:
+    """Draw near-duplicates with different labels."""
+    left, right = (pixels_of(pairs[name], images, shape_of(model)) for name in ("file_a", "file_b"))
+    names = zip(pairs["label_a"], pairs["label_b"], pairs["distance"], strict=True)
+    return draw_pairs(left, right, [f"{a} | {b}\ndistance {distance:.3f}" for a, b, distance in names])
+
+
+def draw_examples(
+    predictions: pd.DataFrame, class_names: list[str], images: Dataset, model: ViTForImageClassification
+) -> Figure:
+    """Draw predicted images, each beside a copy with the model's attention over it: yellow is most."""
+    pixels = pixels_of(predictions["file"], images, shape_of(model))
+    maps = attention_rollout(model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
+    seen = (0.4 * pixels + 0.6 * 255 * matplotlib.colormaps["viridis"](maps)[..., :3]).astype(np.uint8)
+    columns = predictions["label"], predictions["prediction"], predictions[class_names].max(axis=1)
+    captions = [f"true: {true}\npredicted: {guess}, {p:.0%}" for true, guess, p in zip(*columns, strict=True)]
+    return draw_pairs(pixels, seen, captions)
+
+
+def shape_of(model: ViTForImageClassification) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the pixels that the model takes."""
+    return model.config.num_channels, model.config.image_size, model.config.image_size

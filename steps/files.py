@@ -1,0 +1,101 @@
+"""Files that are whole or not there: they are written under a temporary name, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pandas as pd
+
+from .console import MAIN, retry, stop
+
+DAMAGED = "delete it, and it is made again where that is possible"
+# These columns of our tables are always text.
+COLUMNS = "file file_a file_b split label label_a label_b prediction error reason".split()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; rename it to `path` only once the block has succeeded.
+
+    Under torchrun every process makes the same file, and only the main one's is kept.
+    """
+    part = path.with_name(f".part{os.environ.get('RANK', '')}-{path.name}")
+    remove(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        if part.is_file():
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())  # or a power cut could leave the new name without the content
+        if MAIN:
+            os.replace(part, path)
+    finally:
+        remove(part)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Raise SystemExit unless the disk of `folder` has `size` bytes to spare."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        remedy = "free some, or choose a folder on another disk"
+        stop(f"{folder} has {free / 1e6:,.0f} MB free, but {size / 1e6:,.0f} MB are needed", remedy)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, keys: Iterable[str] = (), remedy: str = DAMAGED) -> dict:
+    """Return a JSON file's content, {} if there is none. SystemExit if damaged or lacking `keys`."""
+    with suppress(ValueError, IsADirectoryError):
+        content = json.loads(retry(path.read_bytes)) if path.exists() else {}
+        if isinstance(content, dict) and (content.keys() >= set(keys) or not path.exists()):
+            return content
+    stop(f"{path} is damaged", remedy)
+
+
+def read_table(path: Path, columns: Iterable[str], remedy: str = DAMAGED) -> pd.DataFrame:
+    """Read a CSV file; file and class names stay text, even if they look like numbers or say NA.
+
+    Raises SystemExit if the file cannot be read or lacks one of `columns`.
+    """
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(COLUMNS, str), keep_default_na=False)
+    except (OSError, ValueError) as problem:
+        stop(f"cannot read {path}: {problem}", remedy)
+    if lacking := [name for name in columns if name not in table]:
+        stop(f"{path} has no column {lacking[0]}", remedy)
+    return table
+
+
+def write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Write a CSV file and return it as it will be read again: the same numbers now and later."""
+    with atomic(path) as part:
+        table.to_csv(part, index=False, float_format="%.9g")
+        return read_table(part, table)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+
+    def write() -> None:
+        with atomic(path) as part:
+            part.write_text(text, encoding="utf-8", newline="\n")
+
+    retry(write)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, indented by two."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,104 @@
+"""Step 6: a ViT that takes uint8 pixels, varies and normalises them on the device, and its attention."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import ViTForImageClassification, ViTImageProcessor
+
+from .console import log, stop
+
+
+def draw_head(model: ViTForImageClassification, loading: dict[str, Any], checkpoint: str, seed: int) -> bool:
+    """Make a random head from `seed` unless the checkpoint's has the same classes in the same order.
+
+    Returns whether it is new. `loading` says what `from_pretrained` did not find: SystemExit if that was more
+    than the head, or the head of a finished model.
+    """
+    known = transformers.AutoConfig.from_pretrained(checkpoint).id2label == model.config.id2label
+    drawn = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if lacking := sorted(name for name in drawn if known or not name.startswith("classifier.")):
+        text = f"the weights in {checkpoint} are not those of its config.json: {lacking[0]} is missing"
+        stop(f"{text} or of another size", "use another --model_name_or_path")
+    if not known:
+        transformers.set_seed(seed)
+        torch.nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+        torch.nn.init.zeros_(model.classifier.bias)
+        model.config.calibration_temperature = 1.0  # or another head's would stay
+    head = "its own" if known else "a new"
+    log.info("%s: %.1f million parameters, %s head", checkpoint, model.num_parameters() / 1e6, head)
+    transformers.logging.set_verbosity_warning()  # from here on its warnings matter
+    return not known
+
+
+def normalise_on_device(
+    model: ViTForImageClassification, processor: ViTImageProcessor, kinds: str = ""
+) -> None:
+    """Let `model` turn uint8 pixels into what `processor` would make of them; floats pass unchanged.
+
+    While the model trains, `augment` varies them first, by `kinds`.
+    """
+    scale = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+    for name, value in (("pixel_mean", mean), ("pixel_std", std)):  # in grey levels; moved with it, not saved
+        model.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1) / scale, persistent=False)
+
+    def normalise(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        pixels = kwargs["pixel_values"]
+        if pixels.dtype == torch.uint8:  # ViT would take them as they are and learn little
+            pixels = augment(pixels, kinds) if module.training and kinds else pixels
+            kwargs["pixel_values"] = (pixels - module.pixel_mean) / module.pixel_std
+        return args, kwargs
+
+    model.register_forward_pre_hook(normalise, with_kwargs=True)
+
+
+def augment(pixels: torch.Tensor, kinds: str) -> torch.Tensor:
+    """Return the images, float32 (n, channels, size, size) from uint8, each varied by draws of its own.
+
+    flip: mirrored, one in two. turn: by 0 to 3 quarters. crop: a square of 0.8 to 1 of the side, anywhere,
+    enlarged. colour: saturation, contrast and brightness, each times 0.8 to 1.2. All on the device, without
+    waiting for it; geometry in one step of interpolation, exact where there is no crop.
+    """
+
+    def draw(kind: str, low: float, high: float, off: float) -> torch.Tensor:
+        values = torch.empty(len(pixels), 1, 1, device=pixels.device)
+        return values.uniform_(low, high) if kind in kinds else values.fill_(off)
+
+    mirror, side = 1 - 2 * draw("flip", 0, 2, 0).floor(), draw("crop", 0.8, 1, 1)
+    quarter = draw("turn", 0, 4, 0).floor() * (torch.pi / 2)
+    left, top = (draw("crop", -1, 1, 0) * (1 - side) for _ in range(2))
+    cos, sin = side * quarter.cos(), side * quarter.sin()
+    ruler = (2 * torch.arange(pixels.shape[-1], device=pixels.device) + 1) / pixels.shape[-1] - 1
+    x, y = mirror * ruler, ruler[:, None]  # affine_grid has a matrix product: coarse in mixed precision
+    grid = torch.stack([cos * x - sin * y + left, sin * x + cos * y + top], dim=-1)
+    images = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    if "colour" in kinds:
+        saturation, contrast, brightness = (draw("colour", 0.8, 1.2, 1)[..., None] for _ in range(3))
+        images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
+        images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast) * brightness
+    return images.clamp(0, 255)
+
+
+def attention_rollout(model: ViTForImageClassification, pixels: torch.Tensor) -> torch.Tensor:
+    """Return where the class token looks, float32 (n, height, width), each from 0 to 1.
+
+    Abnar and Zuidema 2020, arXiv 2005.00928: the attention of all layers multiplied, heads averaged, the
+    residual counted as half. `pixels` is uint8 (n, channels, height, width).
+    """
+    kind = model.config._attn_implementation  # transformers has no public getter
+    model.set_attn_implementation("eager")  # the faster ones keep no attention
+    try:
+        with torch.no_grad():
+            layers = model.eval()(pixel_values=pixels.to(model.device), output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(kind)
+    itself = torch.eye(layers[0].shape[-1], device=model.device)
+    flow = functools.reduce(lambda flow, layer: (layer.mean(1) + itself) / 2 @ flow, layers, itself)
+    side = round((flow.shape[-1] - 1) ** 0.5)
+    maps = flow[:, None, 0, 1:].reshape(-1, 1, side, side)
+    maps = F.interpolate(maps, pixels.shape[-2:], mode="bilinear")[:, 0].cpu()
+    low, high = maps.flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)[..., None, None]
+    return ((maps - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # single patches can outshine all else

@@ -1,0 +1,87 @@
+"""Every setting of our own, our defaults for the Trainer's, and the words that people use for them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+KVASIR_URL = "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip"
+VIT_BASE = "google/vit-base-patch16-224-in21k"
+AUGMENTATIONS = ("flip", "turn", "crop", "colour")
+METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
+
+
+def setting(default: Any, help: str, metavar: str = "", **options: Any) -> Any:
+    """Return a field of `Settings`: its default, its line in --help, the name of its value there."""
+    return field(default=default, metadata={"help": help, "metavar": metavar} | options)
+
+
+@dataclass
+class Settings:
+    """Where the images come from, which model to start from, how to split, what to report."""
+
+    data_url: str = setting(KVASIR_URL, "Archive (zip or tar) of class folders: URL or path.", "URL")
+    data_sha256: str | None = setting(None, "SHA-256 that the archive must have, in hex.", "HEX")
+    data_dir: str | None = setting(None, "Folder of class folders; replaces data_url.", "FOLDER")
+    data_root: str = setting("data", "Folder for archives, unpacked images and caches.", "FOLDER")
+    endoscopy: bool = setting(False, "Endoscopic images: the card explains their overlays.")
+    model_name_or_path: str = setting(VIT_BASE, "Pretrained ViT: name on the Hub, or folder.", "MODEL")
+    recipe: str = setting("default", "default, tutorial, fast or best; other flags override it.", "NAME")
+    test_size: float = setting(0.15, "Share of the images (0 to 1) kept for the test.", "SHARE")
+    validation_size: float = setting(
+        0.15, "Share that chooses the epoch; 0: the test images do, and flatter the score.", "SHARE"
+    )
+    split_by: str = setting("near-duplicates", "near-duplicates, random, or a CSV file (file,split).", "HOW")
+    augment: str = setting("", "Vary training images by any of flip,turn,crop,colour.", "KINDS")
+    linear_probe: bool = setting(False, "Fit the head to the pretrained features first.", "BOOL")
+    layer_decay: float = setting(1.0, "Each layer's learning rate, as a share of the next one's.", "SHARE")
+    min_steps: int = setting(0, "Least number of steps; few images: smaller batches.", "N")
+    freeze_backbone: bool = setting(False, "Train the head alone: much less memory and time.")
+    class_weights: bool = setting(False, "Weight the loss so that all classes count the same.", "BOOL")
+    evaluate_train: bool = setting(False, "Report the metrics on the training images, too.")
+    cross_validate: int = setting(0, "Train K more models on K folds; report mean and spread.", "K")
+    external_dir: str | None = setting(None, "Another folder of class folders to test on.", "FOLDER")
+    hub_space_id: str | None = setting(None, "With --push_to_hub: Space for the model's page.", "ID")
+    predict: list[str] | None = setting(None, "Do not train: classify images, folders, archives.", "PATH ...")
+    predictions_file: str | None = setting(None, "CSV file for the answers of --predict.", "FILE")
+    demo: bool = setting(False, "Do not train: open a web page to try the model.")
+    arguments: list[str] = field(default_factory=list, init=False)  # as given, without the token
+
+
+TRAINING = {  # fields of TrainingArguments: our default, help, name of the value; no help: not listed
+    "output_dir": ("model", "Folder for the model, its checkpoints, card and report.", "FOLDER"),
+    "num_train_epochs": (None, "Passes over the training images; 0: at most fit a new head.", "N"),
+    "learning_rate": (None, "Peak learning rate; default: the recipe's, scaled to the batch.", "RATE"),
+    "warmup_steps": (None, "Warm-up: a share of all steps if below 1, else steps.", "N"),
+    "weight_decay": (None, "Weight decay of AdamW; none for biases and norms.", "RATE"),
+    "per_device_train_batch_size": (None, "Most images per training batch on each device.", "N"),
+    "per_device_eval_batch_size": (64, "Images per evaluation step on each device.", "N"),
+    "seed": (42, "Seed of the split, the new head and the order of the images.", "N"),
+    "bf16": (None, "bfloat16 mixed precision; default: where it is fast.", "BOOL"),
+    "fp16": (None, "float16 mixed precision; default: on GPUs before Ampere.", "BOOL"),
+    "eval_strategy": ("epoch", "When to evaluate on the validation images.", "epoch|steps|no"),
+    "save_strategy": ("epoch", "When to save a checkpoint.", "epoch|steps|no"),
+    "logging_strategy": ("epoch", "When to log the training loss.", "epoch|steps|no"),
+    "save_total_limit": (2, "Checkpoints to keep, the best one among them.", "N"),
+    "load_best_model_at_end": (True, "End with the best epoch instead of the last one.", "BOOL"),
+    "metric_for_best_model": ("macro_f1", "Validation metric that chooses the epoch.", "METRIC"),
+    "report_to": (None, "Loggers, or none; default: tensorboard, if installed.", "TOOL ..."),
+    "push_to_hub": (False, "Publish model and card on the Hub; never an image.", "BOOL"),
+    "hub_model_id": (None, "The model's name on the Hub; default: output_dir's.", "OWNER/NAME"),
+    "hub_private_repo": (None, "Keep the model private on the Hub.", "BOOL"),
+    "resume_from_checkpoint": (None, "Checkpoint to go on from; default: the newest.", "FOLDER"),
+    "disable_tqdm": (False, "No progress bars.", "BOOL"),
+    "ddp_find_unused_parameters": (False, "", ""),  # a ViT has none
+    "ddp_timeout": (4 * 3600, "", ""),  # seconds: the other processes wait for the download
+}
+WORDS = {  # what people write: the setting that does it
+    "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
+    "bs": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
+    "model": "model_name_or_path", "model_name": "model_name_or_path", "checkpoint": "model_name_or_path",
+    "image_size": "model_name_or_path", "train_dir": "data_dir", "data": "data_dir", "images": "data_dir",
+    "data_path": "data_dir", "dataset": "data_dir", "test_dir": "external_dir", "patients": "split_by",
+    "groups": "split_by", "split": "split_by", "val_size": "validation_size", "folds": "cross_validate",
+    "output": "output_dir", "out": "output_dir", "resume": "resume_from_checkpoint", "wd": "weight_decay",
+    "warmup_ratio": "warmup_steps", "augmentation": "augment", "evaluation_strategy": "eval_strategy",
+    "random_state": "seed", "logging_dir": "report_to",
+}  # fmt: skip

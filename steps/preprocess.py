@@ -1,0 +1,196 @@
+"""Step 4: every file is decoded once; its pixels stay uint8, at the model's own size, in an Arrow file."""
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import PIL.ExifTags
+import PIL.Image
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, Features, Value
+from transformers import ViTImageProcessor
+from transformers.image_utils import load_image
+
+from .console import bars_wanted, log, retry, show_images, stop
+from .files import need_space, read_table, remove, write_json, write_table
+from .load import list_images, summary
+from .workspace import pixel_shape
+
+
+def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, cache: Path) -> Dataset:
+    """Return `images` with their pixels, from the cache unless files, labels or processor have changed.
+
+    New columns: `mode`, str, the file's mode in Pillow; `error`, str, why it could not be read, else empty;
+    `pixel_values`, bytes of a uint8 array (channels, height, width), null where it could not be read.
+    """
+    path = cache / f"pixels-{cache_key(images, folder, processor)}.arrow"
+    found, start = is_whole(path), time.perf_counter()
+    if not found:
+        remove(path)
+        cache.mkdir(parents=True, exist_ok=True)
+        need_space(cache, len(images) * math.prod(pixel_shape(processor)))
+    if bars_wanted():
+        datasets.enable_progress_bars()
+    new = {"mode": Value("string"), "error": Value("string"), "pixel_values": Value("binary")}
+    pixels = images.map(
+        functools.partial(decode_files, folder=folder, processor=processor),
+        input_columns="file",
+        batched=True,
+        batch_size=256,
+        writer_batch_size=256,
+        desc="prepare",
+        features=Features(images.features | new),
+        new_fingerprint=path.stem.split("-")[1],
+        cache_file_name=str(path),  # `datasets` renames it to this once it is whole
+    )
+    if not found:
+        speed = len(images) / (time.perf_counter() - start)
+        write_json(path.with_suffix(".json"), {"images_per_second": speed})
+    return pixels
+
+
+def cache_key(images: Dataset, folder: Path, processor: ViTImageProcessor) -> str:
+    """Return 16 hex digits of all that decides the pixels: files, labels, processor, code, versions."""
+    stats = [(folder / file).stat() for file in images["file"]]
+    sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
+    code = [inspect.getsource(step) for step in (decode_file, read_rgb, resize)]
+    code += [importlib.metadata.version(name) for name in ("pillow", "simplejpeg", "torch", "transformers")]
+    state = str(folder), sizes, images.to_dict(), processor.to_json_string(), code
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+
+def is_whole(path: Path) -> bool:
+    """Say whether there is an Arrow file that can be read to its end."""
+    try:
+        return path.exists() and len(Dataset.from_file(str(path))) > 0
+    except (OSError, ValueError):  # pyarrow's
+        log.warning("warning: %s is damaged and will be made again", path)
+        return False
+
+
+def decode_files(files: list[str], folder: Path, processor: ViTImageProcessor) -> dict[str, list]:
+    """Return {column: values} of `files`, decoded in threads: decoders release Python's lock."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # per image: the images go to all cores
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = list(pool.map(lambda file: decode_file(folder / file, processor), files))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | bytes | None]:
+    """Return the mode, error and pixels of one file, see `prepare_pixels`.
+
+    Raises OSError only where the disk fails: that says nothing about the image, so no cache must keep it.
+    """
+    content = io.BytesIO(retry(path.read_bytes))
+    try:
+        with PIL.Image.open(content) as image:
+            if image.mode[0] in "IF":  # I, I;16 and F
+                error = "more than 8 bits per channel: convert them, `pipeline` would cut them off at 255"
+                return {"mode": "", "error": error, "pixel_values": None}
+            pixels = resize(read_rgb(image, content), processor)
+            return {"mode": image.mode, "error": "", "pixel_values": pixels.numpy().tobytes()}
+    except Exception as problem:  # on damaged files a decoder may raise anything
+        text = re.sub(" <_io.*>", "", str(problem))  # an address in memory says nothing
+        return {"mode": "", "error": f"{type(problem).__name__}: {text}", "pixel_values": None}
+
+
+def read_rgb(image: PIL.Image.Image, content: io.BytesIO) -> np.ndarray:
+    """Return an image upright and in RGB, uint8 (height, width, 3), as `load_image` of `pipeline` does.
+
+    Plain JPEGs take a shorter road to the same pixels. If it fails, Pillow decides whether they are damaged.
+    """
+    upright = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
+    if image.format == "JPEG" and image.mode == "RGB" and upright:
+        with suppress(ValueError):
+            return simplejpeg.decode_jpeg(content.getbuffer())
+    return np.array(load_image(image))
+
+
+def resize(rgb: np.ndarray, processor: ViTImageProcessor) -> torch.Tensor:
+    """Return what `processor` makes of `rgb` before it rescales, uint8 (channels, height, width).
+
+    Plain shrinking is done as the processor's torchvision back end does it, but without torchvision. The
+    Pillow back end takes three times as long and differs by one grey level in two values in a thousand.
+    """
+    numbers, modes = processor.to_dict(), {2: "bilinear", 3: "bicubic"}
+    shape = [numbers["size"].get(name) or np.inf for name in ("height", "width")]
+    mode = modes.get(numbers.get("resample")) if numbers.get("do_resize") else None
+    if not mode or numbers.get("do_center_crop") or rgb.shape[0] < shape[0] or rgb.shape[1] < shape[1]:
+        image, kept = PIL.Image.fromarray(rgb), {"do_rescale": False, "do_normalize": False}
+        return processor(image, return_tensors="pt", **kept)["pixel_values"][0]
+    image = torch.from_numpy(rgb).permute(2, 0, 1)[None]
+    return F.interpolate(image, shape, mode=mode, antialias=True)[0]
+
+
+def keep_readable(images: Dataset, folder: Path, path: Path) -> Dataset:
+    """Return the images that could be read; the CSV file `path` (file, reason) names what is left out.
+
+    Raises SystemExit if nothing remains.
+    """
+    errors = np.array(images["error"], dtype=object)
+    left_out = {os.path.relpath(file, folder): reason for file, reason in list_images(folder)[1].items()}
+    left_out |= {images[int(row)]["file"]: errors[row] for row in np.flatnonzero(errors != "")}
+    if left_out:
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in left_out]
+        table = pd.DataFrame({"file": names, "reason": list(left_out.values())})
+        if not path.exists() or not read_table(path, table).equals(table):
+            write_table(path, table)
+        if (errors != "").all():
+            stop(f"none of the images in {folder} can be read: {summary(left_out.values())}", f"see {path}")
+        count, total = len(left_out), len(left_out) + int((errors == "").sum())
+        log.warning("%s of %s files left out: %s; see %s", count, total, summary(left_out.values()), path)
+    elif path.exists():
+        remove(path)
+    for mode, count in Counter(images["mode"]).items():
+        if mode not in ("RGB", ""):
+            log.info("converted to RGB: %s of mode %s", count, mode)
+    return images.select(np.flatnonzero(errors == "")).remove_columns(["mode", "error"])
+
+
+def pixels_of(files: Iterable[str], images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the prepared pixels of `files`, uint8 (n, height, width, channels)."""
+    row = {file: row for row, file in enumerate(images["file"])}
+    pixels = images.select([row[file] for file in files])["pixel_values"][:]
+    return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, *shape).transpose(0, 2, 3, 1)
+
+
+def show_examples(images: Dataset, folder: Path, shape: tuple[int, int, int]) -> None:
+    """Show, in a notebook, an image of each class: the file, and what the model gets of it."""
+    rows = images.select(np.unique(images["label"][:], return_index=True)[1][:12])
+    files, names = rows["file"][:], images.features["label"].names
+    originals = (np.array(load_image(str(folder / file))) for file in files)
+    show_images("the files", originals, names)
+    show_images(f"what the model gets: {shape}", pixels_of(files, rows, shape), names)
+
+
+class Collator:
+    """Join rows of the cache into `pixel_values`, uint8 (n, *shape), and `labels`, int64 (n,)."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pixels = torch.frombuffer(bytearray().join(row["pixel_values"] for row in rows), dtype=torch.uint8)
+        labels = torch.tensor([row["label"] for row in rows])
+        return {"pixel_values": pixels.view(-1, *self.shape), "labels": labels}

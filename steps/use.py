@@ -1,0 +1,178 @@
+"""Step 11: a finished model classifies images, folders and archives, on the screen, in a table, on a page."""
+
+import os
+import re
+import runpy
+import shlex
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import TrainingArguments, ViTForImageClassification, ViTImageProcessor
+
+from .archives import is_archive, unpack
+from .console import MAIN, first_line, log, progress, show, stop
+from .files import atomic, read_json
+from .load import list_images, summary
+from .model import normalise_on_device
+from .options import VIT_BASE, Settings
+from .preprocess import Collator, decode_file
+from .report import make_space
+from .workspace import DRIVE, check_vit, keep_on_drive, pixel_shape
+
+
+def use_model(settings: Settings, training: TrainingArguments) -> None:
+    """Do what --predict and --demo ask of a finished model."""
+    keep_on_drive(settings, training, DRIVE)  # moves output_dir there on Colab
+    if MAIN and settings.predict:
+        predict_files(settings, training)
+    if MAIN and settings.demo:
+        open_page(settings, training)
+
+
+def show_commands(output_dir: str) -> None:
+    """Say how to use the finished model."""
+    flags = [] if output_dir == "model" else ["--output_dir", output_dir]
+    command = shlex.join(["python", "finetune_vit.py", *flags])
+    log.info("next: %s --predict PATH ...  or  %s --demo", command, command)
+
+
+def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[str]]:
+    """Return the name of a fine-tuned model, and its classes. Raises SystemExit if there is none."""
+    record = read_json(output_dir / "settings.json").get("settings", {})
+    own = settings.model_name_or_path in (VIT_BASE, record.get("model_name_or_path"))
+    name = str(output_dir) if own else settings.model_name_or_path
+    if own and not (output_dir / "model.safetensors").exists():
+        remedy = "train it first, or give --output_dir or --model_name_or_path"
+        stop(f"{output_dir} holds no finished model", remedy)
+    log.info("reading the checkpoint %s", name)
+    try:
+        id2label = check_vit(name)
+    except Exception as problem:  # of any kind, for whatever is damaged in there
+        stop(f"cannot use {name}: {first_line(problem)}", "check the name and the network")
+    if all(re.fullmatch(r"LABEL_\d+", label) for label in id2label.values()):
+        stop(f"{name} is not fine-tuned: its classes have no names", "train it first")
+    return name, [id2label[label] for label in range(len(id2label))]
+
+
+def load_classifier(name: str) -> tuple[ViTForImageClassification, ViTImageProcessor]:
+    """Return a finished model, float32 and ready for uint8 pixels, and its processor."""
+    processor = ViTImageProcessor.from_pretrained(name)
+    model = ViTForImageClassification.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    normalise_on_device(model, processor)
+    return model.eval(), processor
+
+
+@contextmanager
+def find_inputs(paths: list[str]) -> Iterator[dict[str, Path]]:
+    """Yield {name to show: file} of all images in `paths`. Archives are unpacked until the block ends."""
+    found, left_out = {}, []
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, path in enumerate(map(Path, paths)):
+            folder = path
+            if path.is_file() and is_archive(path):
+                folder = Path(temporary, str(number), path.stem)
+                unpack(path, folder, {})
+            elif path.is_file():
+                found[str(path)] = path
+                continue
+            files, more = list_images(folder)
+            found |= {str(path / os.path.relpath(file, folder)): Path(file) for file in sorted(files)}
+            left_out += more.values()
+        if left_out:
+            log.warning("%s files left out: %s", len(left_out), summary(left_out))
+        yield found
+
+
+def decode_ahead(files: list[Path], processor: ViTImageProcessor, size: int) -> Iterator[list[dict]]:
+    """Yield what `decode_file` makes of `files`, `size` at a time, while all cores work on the next ones."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = deque()
+        for start in range(0, len(files), size):
+            batch = files[start : start + size]
+            waiting.append([pool.submit(decode_file, file, processor) for file in batch])
+            if len(waiting) > 2:
+                yield [row.result() for row in waiting.popleft()]
+        while waiting:
+            yield [row.result() for row in waiting.popleft()]
+
+
+def classify(
+    inputs: dict[str, Path], model: ViTForImageClassification, processor: ViTImageProcessor,
+    training: TrainingArguments,
+) -> Iterator[pd.DataFrame]:  # fmt: skip
+    """Yield tables of file, prediction, a probability per class, and error: why a file cannot be read."""
+    names, classes = list(inputs), list(model.config.id2label.values())
+    collate = Collator(pixel_shape(processor))
+    half = torch.bfloat16 if training.bf16 else torch.float16
+    autocast = torch.autocast(training.device.type, half, enabled=training.bf16 or training.fp16)
+    bar, start = progress(total=len(names), desc="predict"), 0
+    for rows in decode_ahead(list(inputs.values()), processor, training.eval_batch_size):
+        errors = np.array([row["error"] for row in rows], dtype=object)
+        table = pd.DataFrame({"file": names[start : start + len(rows)], "prediction": ""})
+        table = table.assign(**dict.fromkeys(classes, np.nan), error=errors)
+        if len(readable := np.flatnonzero(errors == "")):
+            pixels = collate([rows[row] | {"label": 0} for row in readable])["pixel_values"]
+            with torch.inference_mode(), autocast:
+                logits = model(pixel_values=pixels.to(training.device)).logits
+            probabilities = logits.double().softmax(-1).cpu().numpy()
+            table.loc[readable, classes] = probabilities
+            table.loc[readable, "prediction"] = np.array(classes, dtype=object)[probabilities.argmax(1)]
+        for row in np.flatnonzero(errors != ""):
+            log.warning("unreadable: %r (%s)", table["file"][row], errors[row])
+        start += len(rows)
+        bar.update(len(rows))
+        yield table
+    bar.close()
+
+
+def show_predictions(table: pd.DataFrame) -> None:
+    """Show the two most probable classes of each file that could be read."""
+    table = table[table["error"] == ""].set_index("file")
+    probabilities = table.drop(columns=["prediction", "error"])
+    best = [row.nlargest(2).round(3) for _, row in probabilities.iterrows()]
+    rows = [(*(value for pair in row.items() for value in pair),) for row in best]
+    if rows:
+        show(pd.DataFrame(rows, table.index, ["prediction", "probability", "or else", "its probability"]))
+
+
+def predict_files(settings: Settings, training: TrainingArguments) -> None:
+    """Classify what `--predict` names: up to 20 images on the screen, more into a CSV file."""
+    name, _ = choose_classifier(settings, Path(training.output_dir))
+    with find_inputs(settings.predict) as inputs:
+        if not inputs:
+            stop(f"no images in {', '.join(settings.predict)}", "give images, folders or archives")
+        path = Path(settings.predictions_file or "predictions.csv")
+        write = len(inputs) > 20 or settings.predictions_file is not None
+        if write and path.exists():
+            stop(f"{path} exists", "name another file with --predictions_file")
+        model, processor = load_classifier(name)
+        start, counts, few = time.perf_counter(), pd.Series(dtype=int), []
+        tables = classify(inputs, model.to(training.device), processor, training)
+        with atomic(path) if write else nullcontext() as part:
+            for number, table in enumerate(tables):
+                if write:
+                    table.to_csv(part, mode="a", header=not number, index=False, float_format="%.9g")
+                counts = counts.add(table["prediction"].replace("", np.nan).value_counts(), fill_value=0)
+                if len(inputs) <= 20:
+                    few.append(table)
+        speed = len(inputs) / (time.perf_counter() - start)
+    if few:
+        show_predictions(pd.concat(few))
+    elif len(counts):
+        show(counts.astype(int).sort_values(ascending=False).to_frame("images"))
+    log.info("%s images, %.1f images/s%s", f"{len(inputs):,}", speed, f": {path}" if write else "")
+
+
+def open_page(settings: Settings, training: TrainingArguments) -> None:
+    """Serve the web page of a fine-tuned model, until Ctrl-C."""
+    name, class_names = choose_classifier(settings, Path(training.output_dir))
+    page = make_space(Path(tempfile.mkdtemp()), class_names, name)  # kept: a notebook goes on meanwhile
+    runpy.run_path(str(page))["build_page"](name).launch()

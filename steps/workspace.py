@@ -1,0 +1,212 @@
+"""Step 1: the folders of a run, its record, and the checkpoint that it starts from."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+
+import filelock
+import PIL.Image
+import safetensors
+import transformers
+from transformers import AutoConfig, TrainerState, TrainingArguments, ViTImageProcessor
+from transformers.utils import cached_file
+
+from .console import MAIN, NOTEBOOK, first_line, log, stop
+from .files import read_json, remove, write_json
+from .options import Settings
+from .settings import images_per_step
+
+HERE = Path(__file__).parent
+SAMPLE = HERE.parent / "data" / "sample.zip"  # drawn by tests/draw_sample.py, with Kvasir's class names
+DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+# A run may go on although these differ: where things lie, how they are shown, what computes them.
+MAY_DIFFER = """accelerator_config arguments auto_find_batch_size bf16 bf16_full_eval cross_validate
+data_root dataloader_in_order dataloader_multiprocessing_context dataloader_persistent_workers
+dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+ddp_find_unused_parameters ddp_static_graph ddp_timeout disable_tqdm do_eval do_predict do_train endoscopy
+eval_accumulation_steps evaluate_train external_dir fp16 fp16_full_eval gradient_accumulation_steps
+hub_always_push hub_model_id hub_private_repo hub_revision hub_space_id hub_strategy hub_token
+include_for_metrics include_num_input_tokens_seen local_rank log_level log_level_replica log_on_each_node
+logging_first_step logging_steps logging_strategy output_dir per_device_eval_batch_size
+per_device_train_batch_size project push_to_hub report_to resume_from_checkpoint run_name save_on_each_node
+save_total_limit tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu""".split()
+
+
+@dataclasses.dataclass
+class Workspace:
+    """The folders of one run, and the settings that it was asked for."""
+
+    settings: Settings
+    training: TrainingArguments
+    archives: Path  # of downloads: `data_root`, on Colab a folder on Drive
+    lock: filelock.FileLock | None = None  # held until the process ends
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def report(self) -> Path:
+        return self.output_dir / "report"
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.settings.data_root) / "cache"
+
+
+def open_workspace(settings: Settings, training: TrainingArguments) -> Workspace:
+    """Return the folders of the run, new or found again. Raises SystemExit if other results are there."""
+    archives = keep_on_drive(settings, training, DRIVE)
+    output_dir = Path(training.output_dir)
+    work = Workspace(settings, training, archives, claim(output_dir))
+    now, path = record_of(work), output_dir / "settings.json"
+    kinds = ("checkpoint-*", "report/*", "model.safetensors")
+    results = [found.name for kind in kinds for found in output_dir.glob(kind)]
+    if results and not path.exists():
+        stop(f"{output_dir} holds {results[-1]}, but no settings.json", "choose another --output_dir")
+    keys = ["settings", "training", "derived"]
+    before = read_json(path, keys, "choose another --output_dir") if results else {}
+    if changed := changes(before, now):
+        if is_trained(output_dir):
+            remedy = f"use those, or another --output_dir, or delete {output_dir}"
+            stop(f"{output_dir} was made with other settings: {', '.join(changed)}", remedy)
+        forget_split(work)
+        before = {}
+    if before:
+        log.info("continuing the run in %s", output_dir)
+        if before.get("script_sha256") != now["script_sha256"]:
+            log.warning("warning: %s was begun by another version of this script", output_dir)
+        return work
+    try:
+        write_json(path, now)
+    except OSError as problem:
+        stop(f"cannot write into {output_dir}: {problem}", "choose another --output_dir")
+    return work
+
+
+def keep_on_drive(settings: Settings, training: TrainingArguments, drive: Path) -> Path:
+    """Return the folder for archives, on Colab on Drive; move a relative `training.output_dir` there, too.
+
+    `drive` is where Drive is mounted. Raises SystemExit if it is needed and is not.
+    """
+    output_dir, colab = Path(training.output_dir), False
+    with suppress(ModuleNotFoundError):
+        colab = importlib.util.find_spec("google.colab") is not None
+    if not colab or (output_dir.is_absolute() and not output_dir.is_relative_to(drive)):
+        return Path(settings.data_root)
+    mount = f"from google.colab import drive; drive.mount('{drive}')"
+    if NOTEBOOK:
+        importlib.import_module("google.colab.drive").mount(str(drive))
+    if not os.path.ismount(drive):  # or all would go to a folder that is lost with the machine
+        stop("Google Drive is not mounted", f"run `{mount}` in a cell, or give an absolute --output_dir")
+    home = drive / "MyDrive" / "finetune_vit"
+    training.output_dir = str(home / output_dir)
+    return home
+
+
+def claim(folder: Path) -> filelock.FileLock:
+    """Lock `folder` until this process ends, however it ends. Raises SystemExit if another run has it."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True)  # a cell may be run twice
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if MAIN:
+            lock.acquire()
+    except filelock.Timeout:
+        stop(f"another run is at work in {folder}", "wait for its end, or choose another --output_dir")
+    except OSError as problem:
+        stop(f"cannot write into {folder}: {problem}", "choose another --output_dir")
+    return lock
+
+
+def record_of(work: Workspace) -> dict:
+    """Return the content of settings.json."""
+    code = [HERE.parent / "finetune_vit.py", *sorted(HERE.rglob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code if path.exists()))
+    record = {"settings": dataclasses.asdict(work.settings), "training": work.training.to_dict()}
+    record |= {"derived": {"images_per_step": images_per_step(work.training)}, "versions": versions()}
+    return json.loads(json.dumps(record | {"script_sha256": digest.hexdigest()}))
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """Name the settings that decide the result and differ between two records."""
+    return [
+        f"{key} was {before[part][key]}, is {now[part][key]}"
+        for part in ("settings", "training", "derived")
+        for key in sorted(before.get(part, {}).keys() & now[part].keys())
+        if before[part][key] != now[part][key] and key not in MAY_DIFFER
+    ]
+
+
+def is_trained(output_dir: Path) -> bool:
+    """Say whether the folder holds what training made: its settings are then settled."""
+    return (output_dir / "model.safetensors").exists() or any(output_dir.glob("checkpoint-*"))
+
+
+def forget_split(work: Workspace) -> None:
+    """Delete what other settings made before anything was trained: it takes seconds to make again."""
+    if MAIN:
+        for name in ("split.csv", "near_duplicates.csv"):
+            remove(work.report / name)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and the packages that decide the result."""
+    names = "torch transformers datasets evaluate accelerate scikit-learn huggingface_hub numpy pandas pillow"
+    found = {name: importlib.metadata.version(name) for name in names.split()}
+    return {"python": platform.python_version()} | found
+
+
+def choose_checkpoint(work: Workspace) -> str:
+    """Return the finished model's folder, else the pretrained checkpoint. Raises SystemExit if unusable."""
+    finished = (work.output_dir / "model.safetensors").exists()
+    name = str(work.output_dir) if finished else work.settings.model_name_or_path
+    log.info("found the finished model in %s" if finished else "reading the checkpoint %s", name)
+    try:
+        check_vit(name)
+        if finished:
+            TrainerState.load_from_json(str(work.output_dir / "trainer_state.json"))
+    except Exception as problem:  # of any kind, for whatever is damaged in there
+        remedy = "check --model_name_or_path and the network, or give a folder"
+        if finished:
+            remedy = "delete its model.safetensors to make it again from the last checkpoint"
+        stop(f"cannot use {name}: {first_line(problem)}", remedy)
+    return name
+
+
+def check_vit(name: str) -> dict[int, str]:
+    """Fetch a checkpoint, try its processor, return its id2label. Raises whatever is wrong with it."""
+    transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
+    transformers.logging.disable_progress_bar()  # for reading weights: many lines
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    processor = ViTImageProcessor.from_pretrained(name)
+    if config.model_type != "vit":
+        raise ValueError(f"it is a {config.model_type}, not a ViT")
+    shape, size = pixel_shape(processor), config.image_size
+    if shape != (config.num_channels, size, size):
+        raise ValueError(f"it prepares {shape} pixels for a {size}-pixel ViT")
+    open_weights(name)
+    return config.id2label
+
+
+def open_weights(name: str) -> None:
+    """Fetch the weights and read their table of contents. Raises OSError, ValueError, SafetensorError."""
+    # no public option tells a file that is not there from a network that is not there
+    find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
+    if weights := find("model.safetensors"):
+        with safetensors.safe_open(weights, "pt"):
+            return
+    if not find("model.safetensors.index.json"):
+        raise ValueError("it has no model.safetensors; other formats are pickles, and a pickle can run code")
+
+
+def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
+    """Return (channels, height, width) of what the processor makes of an image, by trying it."""
+    return tuple(processor(PIL.Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[1:])

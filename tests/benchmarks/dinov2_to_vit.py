@@ -1,0 +1,55 @@
+"""Write a DINOv2 checkpoint as one of the type `vit`.
+
+    python tests/benchmarks/dinov2_to_vit.py facebook/dinov2-small my-dinov2
+
+The outputs stay the same. A ViT has no LayerScale, so its factors go into the layer before it, and the
+positions are interpolated once to those of 224 pixels, as DINOv2 does at every step.
+"""
+
+import sys
+
+import torch
+from transformers import Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+NAMES = {"encoder.layer.": "layers.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
+SIZE = 224  # pixels
+
+
+def convert(dinov2: Dinov2Model) -> ViTForImageClassification:
+    """Return a ViT whose class token, after the last norm, is that of `dinov2` on images of 224 pixels."""
+    theirs = dinov2.config
+    if theirs.use_swiglu_ffn:
+        raise SystemExit("error: the giant DINOv2 has another kind of layer; use small, base or large")
+    config = ViTConfig(
+        hidden_size=theirs.hidden_size,
+        num_hidden_layers=theirs.num_hidden_layers,
+        num_attention_heads=theirs.num_attention_heads,
+        intermediate_size=theirs.hidden_size * theirs.mlp_ratio,
+        layer_norm_eps=theirs.layer_norm_eps,
+        patch_size=theirs.patch_size,
+        image_size=SIZE,
+    )
+    weights = dict(dinov2.state_dict())
+    for name in [name for name in weights if "layer_scale" in name]:
+        scale, layer = weights.pop(name), name.split(".layer_scale")[0]
+        dense = f"{layer}.attention.o_proj" if "layer_scale1" in name else f"{layer}.mlp.fc2"
+        weights[f"{dense}.weight"] = weights[f"{dense}.weight"] * scale[:, None]
+        weights[f"{dense}.bias"] = weights[f"{dense}.bias"] * scale
+    weights.pop("embeddings.mask_token", None)
+    patches = torch.empty(1, 1 + (SIZE // theirs.patch_size) ** 2, theirs.hidden_size)
+    positions = dinov2.embeddings.interpolate_pos_encoding(patches, SIZE, SIZE)
+    weights["embeddings.position_embeddings"] = positions.detach()
+    for old, new in NAMES.items():
+        weights = {name.replace(old, new): value for name, value in weights.items()}
+    vit = ViTForImageClassification(config)
+    vit.vit.load_state_dict(weights)
+    return vit
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    source, folder = sys.argv[1:]
+    convert(Dinov2Model.from_pretrained(source, dtype=torch.float32)).save_pretrained(folder)
+    means = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}, resample=3, **means).save_pretrained(folder)

@@ -1,0 +1,177 @@
+"""What the user is told: one line for a mistake, bars for people, and nothing twice."""
+
+import errno
+import io
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from steps import console
+from steps.console import bars_wanted, end_in_one_line, file_error, progress, retry, show, show_images, stop
+
+GO_ON = "run the same command to go on: what is finished is kept"
+
+
+@pytest.fixture(params=[False, True])
+def silent(request, monkeypatch):
+    """True in those of torchrun's processes that do not speak."""
+    monkeypatch.setattr(console, "MAIN", not request.param)
+    return request.param
+
+
+def test_a_mistake_is_one_line_without_a_token(silent):
+    token = "hf_" + 34 * "x"
+    with pytest.raises(SystemExit) as stopped:
+        stop(ValueError(f"two\n  lines and {token}"), f"try {token}, not hf_short")
+    line = "error: two lines and hf_...; try hf_..., not hf_short"
+    assert stopped.value.code == (1 if silent else line)
+
+
+MISSING = f"error: the package yaml is not installed in {sys.executable}; activate the environment "
+MISSING += "(source .venv/bin/activate), or pip install -r requirements.txt"
+FILE = "error: a file cannot be used: "
+
+
+@pytest.mark.parametrize("problem, line", [
+    (KeyboardInterrupt(), f"stopped; {GO_ON}"),
+    (ModuleNotFoundError("No module named 'yaml'", name="yaml"), MISSING),
+    (OSError(errno.ENOSPC, "No space left", "model"), f"{FILE}[Errno 28] No space left: 'model'; {GO_ON}"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), f"{FILE}[Errno 32] Broken pipe; {GO_ON}"),
+    (RuntimeError("I/O error: full (os error 28)"), f"{FILE}I/O error: full (os error 28); {GO_ON}"),
+])  # fmt: skip
+def test_what_a_user_can_mend_ends_in_one_line(problem, line, silent, capsys):
+    end_in_one_line(type(problem), problem, None)
+    assert capsys.readouterr() == ("", "" if silent else f"{line}\n")
+
+
+@pytest.mark.parametrize(
+    "problem", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "No such file", "x")]
+)
+def test_what_no_user_can_mend_keeps_its_traceback(problem, capsys):
+    try:
+        raise problem
+    except Exception:
+        end_in_one_line(*sys.exc_info())
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and f"{type(problem).__name__}: {problem}" in error
+
+
+def test_failures_of_files_are_known_whichever_library_met_them():
+    assert file_error(OSError(errno.EIO, "Input/output error")) == errno.EIO
+    assert file_error(RuntimeError("Error while serializing: I/O error (os error 5)")) == errno.EIO
+    assert (
+        file_error(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos")) == errno.ENOSPC
+    )
+    assert file_error(RuntimeError("out of patience")) is None and file_error(OSError("no number")) is None
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that were waited; no time passes."""
+    seconds = []
+    monkeypatch.setattr(console.time, "sleep", seconds.append)
+    return seconds
+
+
+class Failing:
+    """Fails as often as there are `problems`, then answers with what it was given."""
+
+    def __init__(self, *problems):
+        self.problems = list(problems)
+
+    def __call__(self, *args, **options):
+        if self.problems:
+            raise self.problems.pop(0)
+        return args, options
+
+
+def test_what_may_pass_is_tried_again(waits, caplog):
+    action = Failing(OSError(errno.EIO, "Input/output\nerror"), TimeoutError(errno.ETIMEDOUT, "timed out"))
+    assert retry(action, 1, two=2) == ((1,), {"two": 2}) and waits == [1, 2]
+    assert [record.message for record in caplog.records] == [
+        "warning: [Errno 5] Input/output error; trying again in 1 s",
+        "warning: [Errno 110] timed out; trying again in 2 s",
+    ]
+
+
+def test_patience_has_an_end(waits):
+    action = Failing(*(OSError(errno.EIO, f"failure {number}") for number in range(9)))
+    with pytest.raises(OSError, match="failure 5"):
+        retry(action)
+    assert waits == [1, 2, 4, 8, 16] and len(action.problems) == 3
+
+
+def test_what_does_not_pass_is_not_tried_again(waits):
+    for problem in (OSError(errno.ENOSPC, "full"), ValueError("a bug")):
+        with pytest.raises(type(problem)):
+            retry(Failing(problem))
+    assert waits == []
+
+
+def test_what_gives_hope_can_be_chosen(waits):
+    assert retry(Failing(ValueError("busy")), when=lambda problem: "busy" in str(problem)) == ((), {})
+    with pytest.raises(OSError):
+        retry(Failing(OSError(errno.EIO, "Input/output error")), when=lambda problem: False)
+    assert waits == [1]
+
+
+def test_tables_are_text_in_a_terminal(silent, capsys):
+    show(pd.DataFrame({"images": [1200]}, ["polyps"]))
+    assert capsys.readouterr().out == ("" if silent else "\n        images\npolyps    1200\n\n")
+
+
+def test_pictures_have_no_place_in_a_terminal(capsys):
+    show_images("title", [np.zeros((2, 2, 3), np.uint8)], ["caption"])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_are_drawn_in_a_terminal_only(terminal, silent, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    wanted = terminal and not silent
+    assert bars_wanted() == wanted
+    assert list(progress(range(3), desc="count")) == [0, 1, 2]
+    assert ("count: 100%" in screen.getvalue()) == wanted
+    list(progress(range(3), desc="never", disable=True))
+    assert "never" not in screen.getvalue()
+
+
+def test_a_notebook_gets_bars_tables_and_pictures(monkeypatch, capsys):
+    pytest.importorskip("IPython")
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(console, "NOTEBOOK", True)
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    table = pd.DataFrame({"images": [1]})
+    show(table)
+    show_images("title", (np.zeros((2, 2, 3), np.uint8) for _ in range(5)), ["caption"] * 5)
+    assert bars_wanted() and shown[0] is table and capsys.readouterr().out == ""
+    assert len(shown) == 2 and shown[1].data.startswith(b"\x89PNG") and shown[1].width == 800
+
+
+def test_importing_it_needs_no_package():
+    """Or a package that is missing could not be named in one line."""
+    code = "import steps.console; steps.console.start_logging()"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_only_one_process_speaks(monkeypatch):
+    """Under torchrun each process has a RANK; errors are logged by all."""
+    code = (
+        "from steps.console import *; start_logging(); log.info('told'); log.error('alarm'); stop('a', 'b')"
+    )
+    for rank, told, line in (("0", 1, "error: a; b"), ("1", 0, "")):
+        monkeypatch.setenv("RANK", rank)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.strip()) == (1, line)
+        assert (done.stdout.count("told"), done.stdout.count("alarm")) == (told, 1)
+    assert logging.getLogger("finetune_vit") is console.log

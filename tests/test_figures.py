@@ -1,0 +1,203 @@
+"""Step 9: pictures that show what they should, at any number of classes, and can be read."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import draw_pixels, predict_by_chance
+from transformers import ViTForImageClassification
+
+from steps.duplicates import Scenes
+from steps.figures import (
+    charts,
+    draw_class_bars,
+    draw_confusion_matrix,
+    draw_conflicts,
+    draw_examples,
+    draw_reliability,
+    draw_training_curves,
+    galleries,
+)
+from steps.model import attention_rollout
+from steps.publish import PUBLISHED
+from steps.use import load_classifier
+
+HISTORY = [
+    entry
+    for epoch in (1.0, 2.0, 3.0)
+    for entry in (
+        {"epoch": epoch, "loss": 1 / epoch},
+        {"epoch": epoch, "eval_loss": 1.1 / epoch, "eval_accuracy": 1 - 0.3 / epoch, "eval_macro_f1": 0.7},
+    )
+]
+
+
+def boxes(figure):
+    """Bounding boxes, in pixels, of all texts of a figure, with what they say."""
+    figure.draw_without_rendering()
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()] + figure.legends
+    labels = [text for legend in legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
+            low, high = sorted(axis.get_view_interval())
+            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+            labels += [axis.label, *(label for place, label in ticks if low <= place <= high)]
+        labels += [*axes.texts, axes.title]
+    return [(label.get_text(), label.get_window_extent()) for label in labels if label.get_text()]
+
+
+def assert_legible(figure):
+    """Nothing is cut off, and no two texts overlap but the slanted class names."""
+    found = boxes(figure)
+    for text, box in found:
+        assert box.x0 >= -1 and box.y0 >= -1, text
+        assert box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, text
+    upright = [(text, box) for text, box in found if not text.startswith("a-rather-long-class")]
+    for i, (text, box) in enumerate(upright):
+        for other, its in upright[i + 1 :]:
+            apart = (
+                min(box.x1, its.x1) - max(box.x0, its.x0) < 1 or min(box.y1, its.y1) - max(box.y0, its.y0) < 1
+            )
+            assert apart, (text, other)
+
+
+def long_names(classes):
+    return [f"a-rather-long-class-{i}" for i in range(classes)]
+
+
+@pytest.mark.parametrize("classes", [2, 8, 23])
+def test_confusion_matrix_is_right_and_legible(classes):
+    names = long_names(classes)
+    counts = np.random.default_rng(0).integers(0, 3, (classes, classes)) + np.diag([1234] * classes)
+    pairs = np.repeat(np.argwhere(counts >= 0), counts.ravel(), axis=0)
+    table = pd.DataFrame(np.array(names)[pairs], columns=["label", "prediction"])
+    figure = draw_confusion_matrix(table, names)
+    shown = {tuple(map(round, text.get_position()[::-1])): text.get_text() for text in figure.axes[0].texts}
+    share = counts / counts.sum(1, keepdims=True)
+    percent = {(r, c): f"\n{share[r, c]:.0%}" if classes <= 12 else "" for r, c in np.argwhere(counts)}
+    assert shown == {(r, c): f"{counts[r, c]:,}{percent[r, c]}" for r, c in np.argwhere(counts)}
+    assert_legible(figure)
+    cell = figure.axes[0].get_window_extent().width / classes
+    assert all(label.get_window_extent().width < cell for label in figure.axes[0].texts)
+
+
+@pytest.mark.parametrize("classes", [2, 8, 23])
+def test_class_bars_show_recall_interval_and_precision(classes):
+    rng = np.random.default_rng(0)
+    rows = {}
+    for name in long_names(classes):
+        low, recall, high, precision = *np.sort(rng.random(3)), rng.random()
+        rows[name] = {
+            "precision": precision,
+            "recall": recall,
+            "recall_low": low,
+            "recall_high": high,
+            "n": 7,
+        }
+    figure = draw_class_bars(rows | {"never tested": {"recall": 0, "precision": 0, "n": 0}})
+    axes = figure.axes[0]
+    bars = [bar.get_width() for bar in axes.patches][::-1]
+    assert bars == pytest.approx([row["recall"] for row in rows.values()])
+    segments = [segment[:, 0] for segment in axes.collections[0].get_segments()][::-1]
+    assert np.allclose(segments, [(row["recall_low"], row["recall_high"]) for row in rows.values()])
+    assert_legible(figure)
+
+
+@pytest.mark.parametrize("classes", [2, 8, 23])
+def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classes):
+    table = predict_by_chance(long_names(classes), n=500)
+    labels = table["label"].map({name: label for label, name in enumerate(long_names(classes))}).to_numpy()
+    probabilities = table[long_names(classes)].to_numpy()
+    figure = draw_reliability(labels, probabilities, 1.5)
+    right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
+    after = next(line for line in figure.axes[0].lines if line.get_label().startswith("after"))
+    for x, y in zip(*after.get_data(), strict=True):
+        inside = np.ceil(confidence * 15) == np.ceil(x * 15)
+        assert x == pytest.approx(confidence[inside].mean()) and y == pytest.approx(right[inside].mean())
+    x, y = figure.axes[1].lines[0].get_data()
+    assert y[-1] == pytest.approx(right.mean()) and x[-1] == 1
+    assert y[249] == pytest.approx(right[np.argsort(-confidence)[:250]].mean())
+    assert_legible(figure)
+
+
+@pytest.mark.parametrize("classes", [2, 8, 23])
+def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
+    names = long_names(classes)
+    table, (images, pixels) = predict_by_chance(names)[:12], draw_pixels(names)
+    figure = draw_examples(table, names, images, load_classifier(str(tiny_vit))[0])
+    for row, axes in enumerate(figure.axes[: len(table)]):
+        shown = axes.images[0].get_array()
+        assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
+        assert (shown[:, 36:] != shown[:, :32]).any()
+        certain = f"{table[names].iloc[row].max():.0%}"
+        caption = f"true: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
+        assert axes.get_title() == caption
+    assert_legible(figure)
+
+
+def test_conflicts_stand_side_by_side(tiny_vit):
+    images, pixels = draw_pixels(["polyps", "esophagitis"])
+    pairs = {"file_a": ["x/3.jpg", "x/9.jpg"], "file_b": ["x/7.jpg", "x/1.jpg"], "distance": [0.0012, 0.03],
+             "label_a": ["polyps", "b"], "label_b": ["esophagitis", "a"]}  # fmt: skip
+    figure = draw_conflicts(pd.DataFrame(pairs), images, load_classifier(str(tiny_vit))[0])
+    first = figure.axes[0].images[0].get_array()
+    assert (first[:, :32] == pixels[3].transpose(1, 2, 0)).all()
+    assert (first[:, 36:] == pixels[7].transpose(1, 2, 0)).all()
+    assert figure.axes[0].get_title() == "polyps | esophagitis\ndistance 0.001"
+    assert_legible(figure)
+
+
+def test_attention_rollout_against_the_papers_loop(tiny_vit):
+    """The rows of the paper's loop in NumPy, patch by patch."""
+    model = ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32)
+    kind = model.config._attn_implementation
+    pixels = torch.rand(2, 3, 32, 32)
+    maps = attention_rollout(model, pixels)
+    assert maps.shape == (2, 32, 32) and maps.min() == 0 and maps.max() == 1
+    assert model.config._attn_implementation == kind
+    model.set_attn_implementation("eager")
+    attention = model(pixel_values=pixels, output_attentions=True).attentions
+    for picture in range(2):
+        flow = np.eye(17)
+        for layer in attention:
+            flow = (layer[picture].mean(0).detach().numpy() / 2 + np.eye(17) / 2) @ flow
+        grid = torch.tensor(flow[0, 1:]).view(1, 1, 4, 4)
+        smooth = torch.nn.functional.interpolate(grid, (32, 32), mode="bilinear")[0, 0]
+        assert np.corrcoef(smooth.ravel(), maps[picture].ravel())[0, 1] > 0.98
+
+
+def test_curves_show_what_was_logged():
+    figure = draw_training_curves(HISTORY)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    assert list(lines["training loss"].get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert list(lines["validation accuracy"].get_xdata()) == [1, 2, 3]
+    assert set(lines) == {"training loss", "validation loss", "validation accuracy", "validation macro F1"}
+    assert_legible(figure)
+
+
+def test_charts_are_published_and_galleries_never(tiny_vit):
+    """The galleries show images: the most certain mistakes first, and a right answer per class."""
+    names = long_names(3)
+    table, (images, _) = predict_by_chance(names), draw_pixels(names)
+    trainer = SimpleNamespace(model=load_classifier(str(tiny_vit))[0])
+    pairs = {"file_a": ["x/1.jpg", "x/3.jpg"], "file_b": ["x/2.jpg", "x/4.jpg"], "distance": [0.01, 0.02],
+             "label_a": ["a", "b"], "label_b": ["a", "c"]}  # fmt: skip
+    scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), table["file"]))
+    drawn = galleries(table, scenes, images, trainer)
+    results = {"per_class": dict.fromkeys(names, {"n": 20}), "calibration": {"temperature": 1.5}}
+    shown = charts(results | {"made": "fine-tuned"}, table, HISTORY)
+    assert {f"report/{name}" for name in shown} == {name for name in PUBLISHED if name.endswith(".png")}
+    assert set(drawn) == {"mistakes.png", "attention.png", "label_conflicts.png"}
+    assert not set(drawn) & set(shown)
+
+    def titles(name):
+        return [title for axes in drawn[name]().axes if (title := axes.get_title())]
+
+    wrong = table[table["label"] != table["prediction"]]
+    first = wrong.loc[wrong[names].max(axis=1).nlargest(12).index]
+    rows = zip(first["label"], first["prediction"], first[names].max(axis=1), strict=True)
+    assert titles("mistakes.png") == [f"true: {true}\npredicted: {got}, {p:.0%}" for true, got, p in rows]
+    assert sorted(title.split()[1] for title in titles("attention.png")) == names
+    assert titles("label_conflicts.png") == ["b | c\ndistance 0.020"]

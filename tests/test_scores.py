@@ -1,0 +1,225 @@
+"""Step 8: the numbers, checked by hand, against scikit-learn and against a bootstrap written out."""
+
+import functools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import beta, bootstrap
+from sklearn import metrics
+
+from steps.options import METRICS
+from steps.scores import Classification, calibration, calibration_error, intervals, score, score_classes
+from steps.scores import temper, truth_of
+
+# true a: 3 right, 1 called b; true b: 2 right, 1 called a, 1 called c; true c: 2 right
+TRUTH = list("aaaabbbbcc")
+GUESS = list("aaabbbaccc")
+TABLE = pd.DataFrame({"file": range(10), "label": TRUTH, "prediction": GUESS})
+TABLE = pd.concat([TABLE, (pd.get_dummies(TABLE["prediction"]) * 0.7 + 0.1)], axis=1)
+ALONE = pd.Series(range(10), range(10))  # every image its own group
+
+
+def test_scores_worked_out_by_hand():
+    scores = score(*truth_of(TABLE, ["a", "b", "c"]), ALONE.to_numpy())
+    assert scores["accuracy"]["value"] == pytest.approx(0.7)
+    precision, recall = np.array([3 / 4, 2 / 3, 2 / 3]), np.array([3 / 4, 2 / 4, 2 / 2])
+    f1 = 2 * precision * recall / (precision + recall)
+    for average, weight in (("macro", np.array([1, 1, 1]) / 3), ("weighted", np.array([4, 4, 2]) / 10)):
+        assert scores[f"{average}_precision"]["value"] == pytest.approx(precision @ weight)
+        assert scores[f"{average}_recall"]["value"] == pytest.approx(recall @ weight)
+        assert scores[f"{average}_f1"]["value"] == pytest.approx(f1 @ weight)
+    # Gorodkin 2004: (c s - sum p t) / sqrt((s^2 - sum p^2) (s^2 - sum t^2)); c 7, s 10, p 4 3 3, t 4 4 2
+    assert scores["mcc"]["value"] == pytest.approx((70 - 34) / ((100 - 34) * (100 - 36)) ** 0.5)
+    assert scores["ece"]["value"] == pytest.approx(0.8 - 0.7)  # all probabilities are 0.8
+    assert list(scores) == [*METRICS, "ece"] and all(
+        set(row) == {"value", "low", "high"} for row in scores.values()
+    )
+
+
+def right_or_wrong(right):
+    """Labels and probabilities of two classes: the first is always guessed, and is `right` or not."""
+    return np.where(right, 0, 1), np.tile([0.9, 0.1], (len(right), 1))
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.parametrize("case", ["usual", "a class never occurs", "one guess", "one class", "one image"])
+def test_scores_are_scikit_learns(case):
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 5, 300), rng.dirichlet(np.ones(6), 300)
+    if case == "a class never occurs":
+        labels, probabilities[:, 2] = np.where(labels == 2, 0, labels), 0
+    if case in ("one guess", "one class"):
+        probabilities[:, 3] = 1
+    if case == "one class":
+        labels[:] = 3
+    rows = slice(1 if case == "one image" else None)
+    labels, guesses = labels[rows], probabilities[rows].argmax(1)
+    expected = {"accuracy": metrics.accuracy_score(labels, guesses)}
+    for average in ("macro", "weighted"):
+        values = metrics.precision_recall_fscore_support(labels, guesses, average=average, zero_division=0)
+        names = (f"{average}_{name}" for name in ("precision", "recall", "f1"))
+        expected |= dict(zip(names, values, strict=False))
+    expected["mcc"] = metrics.matthews_corrcoef(labels, guesses)
+    found = score(labels, probabilities[rows], np.arange(len(labels)))
+    assert {name: found[name]["value"] for name in METRICS} == pytest.approx(expected)
+
+
+def test_calibration_error_worked_out_by_hand():
+    # two bins of fifteenths: (0.6, 0.667]: 3 images at 0.65, 1 right; (0.933, 1]: 2 at 0.95 and 1, 1 right
+    confidence, right = np.array([0.65, 0.65, 0.65, 0.95, 1.0]), np.array([1, 0, 0, 1, 0], bool)
+    assert calibration_error(confidence, right) == pytest.approx(
+        3 / 5 * (0.65 - 1 / 3) + 2 / 5 * (0.975 - 1 / 2)
+    )
+
+
+def test_calibration_error_against_another_implementation():
+    """The mean over bins that Guo et al. write, bin by bin."""
+    rng = np.random.default_rng(1)
+    confidence = rng.uniform(0.2, 1, 1000)
+    right = rng.random(1000) < confidence**2
+    expected = 0
+    for low, high in zip(np.linspace(0, 1, 16)[:-1], np.linspace(0, 1, 16)[1:], strict=True):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert calibration_error(confidence, right) == pytest.approx(expected)
+
+
+def test_intervals_are_scipys_bootstrap_where_every_image_is_a_group():
+    right = np.random.default_rng(2).random(400) < 0.9
+    ours = score(*right_or_wrong(right), np.arange(400))["accuracy"]
+    theirs = bootstrap(
+        (right,), np.mean, method="percentile", n_resamples=20_000, random_state=0
+    ).confidence_interval
+    assert ours["value"] == right.mean()
+    assert ours["low"] == pytest.approx(theirs.low, abs=0.005)
+    assert ours["high"] == pytest.approx(theirs.high, abs=0.005)
+
+
+def test_groups_widen_the_interval_as_theory_says():
+    """Ten equal frames per group are one observation: sqrt(10) times the width of 1,000 separate images."""
+    right = np.repeat(np.random.default_rng(3).random(100) < 0.8, 10)
+    width = {}
+    for name, groups in (("images", np.arange(1000)), ("groups", np.repeat(np.arange(100), 10))):
+        ends = score(*right_or_wrong(right), groups)["accuracy"]
+        width[name] = ends["high"] - ends["low"]
+    assert width["groups"] / width["images"] == pytest.approx(10**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("groups", [5, 30])
+def test_a_perfect_score_is_not_certain(groups):
+    ends = intervals(lambda times: pd.DataFrame({"all": 1.0, "none": 0.0}, range(len(times))), groups)
+    assert ends["all"] == {"value": 1, "low": pytest.approx(beta.ppf(0.025, groups, 1)), "high": 1}
+    assert ends["none"] == {"value": 0, "low": 0, "high": pytest.approx(beta.ppf(0.975, 1, groups))}
+    right, limit = np.arange(90) % 2 == 0, beta.ppf(0.025, groups, 1)
+    all_right = score(right.astype(int), np.eye(2)[right.astype(int)], np.arange(90) % groups)
+    assert all_right["accuracy"] == {"value": 1, "low": pytest.approx(limit), "high": 1}
+    all_wrong = score(right.astype(int), np.eye(2)[(~right).astype(int)], np.arange(90) % groups)
+    limit = beta.ppf(0.975, 1, groups)
+    assert all_wrong["accuracy"] == {"value": 0, "low": 0, "high": pytest.approx(limit)}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_metric_is_certain_of_a_perfect_score(metric):
+    """Rounding must not hide it: sqrt(x) * sqrt(x) is not x."""
+    for classes, n in ((2, 60), (3, 60), (8, 90)):
+        labels = np.arange(n) % classes
+        ends = score(labels, np.eye(classes)[labels], np.arange(n))[metric]
+        assert ends == {"value": 1, "low": pytest.approx(beta.ppf(0.025, n, 1)), "high": 1}
+
+
+def test_intervals_are_the_same_at_every_run():
+    truth = *truth_of(TABLE, ["a", "b", "c"]), ALONE.to_numpy()
+    assert score(*truth) == score(*truth)
+    assert list(pd.DataFrame(score(*truth))) == [*METRICS, "ece"]  # in this order, too
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.parametrize("case", ["usual", "few groups"])
+def test_scores_and_intervals_are_those_of_a_plain_bootstrap(case):
+    """Written out: draw groups, repeat their rows, ask scikit-learn, a thousand times."""
+    rng = np.random.default_rng(5)
+    n, count = (60, 6) if case == "usual" else (24, 4)
+    labels, probabilities = rng.integers(0, 3, n), rng.dirichlet([2, 2, 2, 0.05], n)
+    probabilities[: n // 2] = np.where(np.eye(4)[labels[: n // 2]], 0.7, 0.1)  # half of them are right
+    groups = 7 * rng.integers(0, count, n)
+    rows_of = [np.flatnonzero(groups == group) for group in sorted(set(groups))]
+
+    @functools.cache  # the same groups in another order give the same scores
+    def plain(drawn):
+        rows = np.concatenate([rows_of[group] for group in drawn])
+        truth, chances = labels[rows], probabilities[rows]
+        guesses, confidence = chances.argmax(1), chances.max(1)
+        found = {"accuracy": metrics.accuracy_score(truth, guesses)}
+        for average in ("macro", "weighted"):
+            options = {"average": average, "zero_division": 0}
+            values = metrics.precision_recall_fscore_support(truth, guesses, **options)
+            found |= {f"{average}_{name}": values[i] for i, name in enumerate(("precision", "recall", "f1"))}
+        found["mcc"] = metrics.matthews_corrcoef(truth, guesses)
+        found["ece"] = calibration_error(confidence, guesses == truth)
+        return found
+
+    draw, draws = np.random.RandomState(0).randint, []
+    for _ in range(1000):
+        draws.append(plain(tuple(sorted(draw(count, size=count)))))
+    draws, value, found = pd.DataFrame(draws), plain(range(count)), score(labels, probabilities, groups)
+    assert len(rows_of) == count and list(found) == [*METRICS, "ece"]
+    for name, ends in found.items():
+        low, high = np.quantile(draws[name], [0.025, 0.975])
+        assert low < 1 and high > 0  # nothing that Clopper and Pearson would widen
+        expected = {"value": value[name], "low": low, "high": high}
+        assert ends == pytest.approx(expected, rel=0, abs=1e-12), name
+
+
+def test_classes_worked_out_by_hand():
+    classes = score_classes(TABLE, ALONE, ["a", "b", "c", "never"])
+    ends = {"recall_low": pytest.approx(0.25, abs=0.01), "recall_high": 1, "groups": 4}
+    assert (
+        classes["a"]
+        == {"precision": 3 / 4, "recall": 3 / 4, "specificity": 5 / 6, "f1": 3 / 4, "n": 4} | ends
+    )
+    assert classes["b"]["specificity"] == pytest.approx(5 / 6)
+    ends = {"recall_low": pytest.approx(beta.ppf(0.025, 2, 1)), "recall_high": 1, "groups": 2}
+    row = {
+        "precision": pytest.approx(2 / 3),
+        "recall": 1.0,
+        "specificity": 7 / 8,
+        "f1": pytest.approx(4 / 5),
+        "n": 2,
+    }
+    assert classes["c"] == row | ends
+    assert classes["never"] == {"precision": 0, "recall": 0, "specificity": 1, "f1": 0, "n": 0}
+    assert list(classes["a"])[:5] == ["precision", "recall", "specificity", "f1", "n"]
+    assert type(classes["a"]["n"]) is int
+
+
+def test_temperature_is_taken_off_and_put_on_again():
+    logits = np.random.default_rng(0).normal(0, 4, (50, 3))
+    softmax = torch.tensor(logits).softmax(-1).numpy()
+    cooler = torch.tensor(logits / 2.5).softmax(-1).numpy()
+    assert np.allclose(temper(softmax, 2.5), cooler) and np.allclose(temper(cooler, 1 / 2.5), softmax)
+
+
+def test_calibration_before_and_after_and_coverage():
+    """Twice as sure as it should be: after the temperature 2 the error is gone; the certain are right."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (5000, 3))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    after = torch.tensor(logits).softmax(-1).numpy()
+    result = calibration(labels, after, 2.0)
+    before = torch.tensor(logits * 2).softmax(-1).numpy()
+    assert result["temperature"] == 2 and result["ece_after"] < 0.02 < 0.08 < result["ece_before"]
+    assert result["ece_before"] == pytest.approx(calibration_error(before.max(1), before.argmax(1) == labels))
+    certain = np.argsort(after.max(1))[500:]
+    expected = (after.argmax(1) == labels)[certain].mean()
+    assert result["accuracy_at_90_percent_coverage"] == pytest.approx(expected)
+
+
+def test_metric_needs_no_network_and_no_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    metric = Classification(keep_in_memory=True)
+    for _ in range(2):
+        assert metric.compute(predictions=[0, 1, 1], references=[0, 1, 0])["accuracy"] == pytest.approx(2 / 3)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -17,7 +17,6 @@
 
 # %%
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,11 +25,11 @@ NOTEBOOK = "ipykernel" in sys.modules
 if NOTEBOOK and Path("../steps").exists():  # opened in data/
     os.chdir("..")
 elif NOTEBOOK and not Path("steps").exists():  # Colab has the notebook alone: fetch the rest
-    commands = [] if Path("finetune_vit").exists() else [["git", "clone", "-q", REPOSITORY]]
-    commands.append([sys.executable, "-m", "pip", "install", "-q", "-r", "finetune_vit/requirements.txt"])
+    commands = [] if Path("finetune_vit").exists() else [f"git clone -q {REPOSITORY}"]
+    commands.append(f'"{sys.executable}" -m pip install -q -r finetune_vit/requirements.txt')
     for command in commands:
-        if subprocess.run(command).returncode:
-            sys.exit(f"error: failed: {' '.join(command)}; check REPOSITORY and the network")
+        if os.system(command):
+            sys.exit(f"error: failed: {command}; check REPOSITORY and the network")
     os.chdir("finetune_vit")
 elif not NOTEBOOK and not Path(__file__).with_name("steps").exists():
     sys.exit(f"error: the folder steps is missing beside {__file__}; fetch all of it: git clone {REPOSITORY}")

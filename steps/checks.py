@@ -19,6 +19,7 @@ from .console import TOKEN, stop
 from .options import AUGMENTATIONS, METRICS, Settings
 
 HELP = "see python finetune_vit.py --help"
+REQUIRED = "accelerate datasets evaluate filelock matplotlib scipy simplejpeg sklearn".split()
 NO_TEXT = "[\0\ud800-\udfff]"  # what a text cannot hold: a null byte, or what is not UTF-8
 RANGES = {  # numbers of TrainingArguments by (least, most)
     (0, 1e6): "num_train_epochs learning_rate weight_decay max_grad_norm eval_delay",
@@ -125,6 +126,9 @@ def combinations(settings: Settings, training: TrainingArguments) -> Iterator[tu
     yield given, "--cross_validate cannot make folds from a CSV file", remedy
     lacking = settings.cross_validate and not settings.validation_size  # or test images count twice
     yield lacking, "--cross_validate needs validation images", "give a --validation_size above 0"
+    for package in REQUIRED:
+        lacking = not importlib.util.find_spec(package)
+        yield lacking, f"the package {package} is not installed", "pip install -r requirements.txt"
     lacking = settings.demo and not importlib.util.find_spec("gradio")
     yield lacking, "--demo needs Gradio", "pip install gradio"
     alone = settings.predictions_file and not settings.predict

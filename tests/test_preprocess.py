@@ -399,7 +399,8 @@ def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, 
         shutil.copy(folder / "red" / "000.jpg", path)
     assert len(kept(folder)) == 9
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 files left out: ")
-    reason = "dead links or not files" if name in (b"gone.jpg", b"pipe.jpg") else "with a name that `datasets`"
+    no_file = name in (b"gone.jpg", b"pipe.jpg")
+    reason = "dead links or not files" if no_file else "with a name that `datasets`"
     ((file, text),) = left_out(tmp_path).items()
     assert file == "red/" + repr(os.fsdecode(name))[1:-1] and text.startswith(reason)
 

@@ -205,11 +205,12 @@ def test_second_run_finds_everything(run):
     assert [path for path in kept if path.stat().st_mtime_ns != before[path]] == []
 
 
-def test_training_metrics_can_be_added_to_a_finished_run(run):
+def test_training_metrics_can_be_added_to_a_finished_run(tmp_path, run):
     before = metrics(run)
-    done = run_script(*run["flags"], "--evaluate_train")
+    shutil.copytree(run["model"], tmp_path / "model")
+    done = run_script(*run["flags"][:-1], tmp_path / "model", "--evaluate_train")
     assert done.returncode == 0, done.stderr
-    after = metrics(run)
+    after = metrics({"model": tmp_path / "model"})
     assert after["test"] == before["test"] and 0.8 <= after["train"]["accuracy"]["value"] <= 1
 
 

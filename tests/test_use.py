@@ -175,7 +175,8 @@ def test_few_images_are_one_table_whatever_the_batch(run, tmp_path, capsys):
     flags = ["--output_dir", run["model"], "--per_device_eval_batch_size", 2, "--predict", *files]
     predict_files(*read_settings(flags))
     shown = capsys.readouterr().out.strip().splitlines()
-    assert shown[0].split() == "prediction probability or else with".split() and shown[1].strip() == "file"
+    assert shown[0].split() == "prediction probability or else its probability".split()
+    assert shown[1].strip() == "file"
     assert [line.split()[0] for line in shown[2:]] == list(map(str, files))
 
 

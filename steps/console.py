@@ -32,7 +32,8 @@ def start_logging() -> None:
     logging.raiseExceptions = False  # or every line after a closed pipe gets a traceback of its own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices on new heads alarm newcomers
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or each attempt to reach the Hub is told twice
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads that wait for others keep a core busy
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 2:  # others use the cores, too:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits must not keep one busy
     warnings.filterwarnings("ignore", "IProgress not found")  # tqdm draws its bars as text then
     if not NOTEBOOK:
         sys.excepthook = end_in_one_line

@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import os
 import subprocess
 import sys
 
@@ -175,3 +176,19 @@ def test_only_one_process_speaks(monkeypatch):
         assert (done.returncode, done.stderr.strip()) == (1, line)
         assert (done.stdout.count("told"), done.stdout.count("alarm")) == (told, 1)
     assert logging.getLogger("finetune_vit") is console.log
+
+
+@pytest.mark.parametrize(
+    "load, given, policy", [(0.0, None, None), (99.0, None, "PASSIVE"), (99.0, "ACTIVE", "ACTIVE")]
+)
+def test_waiting_threads_leave_a_busy_machine_alone(load, given, policy):
+    """Idle cores train faster with threads that spin; the user's own choice stays."""
+    code = (
+        f"import os; os.getloadavg = lambda: ({load}, 0, 0); from steps.console import start_logging; "
+        "start_logging(); print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(policy)

@@ -91,7 +91,7 @@ def paths(settings: Settings, output_dir: str) -> Iterator[tuple]:
     url, split_by = settings.data_url, settings.split_by
     absent = settings.data_dir is None and not is_url(url) and not os.path.isfile(url)
     yield absent, f"--data_url {url} is not a file", "give a URL or the path of an archive"
-    absent = split_by not in ("near-duplicates", "random") and not os.path.isfile(split_by)
+    absent = settings.split_file is not None and not os.path.isfile(split_by)
     yield absent, f"--split_by {split_by} is not a file", "give near-duplicates, random or a CSV file"
     for path in settings.predict or ():
         yield not os.path.exists(path), f"--predict {path} is not there", "give images, folders or archives"
@@ -121,7 +121,7 @@ def combinations(settings: Settings, training: TrainingArguments) -> Iterator[tu
     """Yield (fails, problem, remedy): settings that do not go together, and what is not installed."""
     both = settings.data_sha256 is not None and settings.data_dir is not None
     yield both, "--data_sha256 is for an archive, not for --data_dir", "leave one of them out"
-    given = settings.cross_validate and settings.split_by not in ("near-duplicates", "random")
+    given = settings.cross_validate and settings.split_file
     remedy = "use --split_by near-duplicates or random"
     yield given, "--cross_validate cannot make folds from a CSV file", remedy
     lacking = settings.cross_validate and not settings.validation_size  # or test images count twice

@@ -1,6 +1,7 @@
 """Every setting of our own, our defaults for the Trainer's, and the words that people use for them."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 KVASIR_URL = "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip"
@@ -45,6 +46,11 @@ class Settings:
     predictions_file: str | None = setting(None, "CSV file for the answers of --predict.", "FILE")
     demo: bool = setting(False, "Do not train: open a web page to try the model.")
     arguments: list[str] = field(default_factory=list, init=False)  # as given, without the token
+
+    @property
+    def split_file(self) -> Path | None:
+        """The CSV file that decides the split, if one was given."""
+        return None if self.split_by in ("near-duplicates", "random") else Path(self.split_by)
 
 
 TRAINING = {  # fields of TrainingArguments: our default, help, name of the value; no help: not listed

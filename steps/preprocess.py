@@ -150,7 +150,8 @@ def keep_readable(images: Dataset, folder: Path, path: Path) -> Dataset:
     """
     errors = np.array(images["error"], dtype=object)
     left_out = {os.path.relpath(file, folder): reason for file, reason in list_images(folder)[1].items()}
-    left_out |= {images[int(row)]["file"]: errors[row] for row in np.flatnonzero(errors != "")}
+    files = images["file"][:]
+    left_out |= {files[row]: errors[row] for row in np.flatnonzero(errors != "")}
     if left_out:
         names = [name.encode("utf-8", "backslashreplace").decode() for name in left_out]
         table = pd.DataFrame({"file": names, "reason": list(left_out.values())})

@@ -52,7 +52,7 @@ def choose_split(images: Dataset, groups: pd.Series, shares: dict[str, float], w
     if fewest < settings.cross_validate:
         text = f"--cross_validate {settings.cross_validate}, but only {fewest} groups of images of {scarce}"
         stop(text, "give fewer folds: each tests every class")
-    given = None if settings.split_by in ("near-duplicates", "random") else Path(settings.split_by)
+    given = settings.split_file
     split = split_by_file(files, path) if path.exists() else None
     if given:
         wanted = split_by_file(files, given)

@@ -125,23 +125,24 @@ with training.main_process_first(local=False):  # under torchrun the others wait
 # %% [markdown]
 # ## 3 · Load
 #
-# `datasets` reads an *imagefolder*: one folder for each class, its name the label. Nothing is decoded yet.
-# Where folders are nested unevenly `datasets` assigns wrong labels without a word, so `check_labels` compares
-# each label with the file's topmost folder.
+# Whatever you have becomes one table: file, label and, where they are known, split and group (the patient).
+# Labels are the names of folders, or a column of `--metadata FILE.csv`; the README shows what is understood.
+# Then `datasets` reads the files as an *imagefolder*. Nothing is decoded yet.
 
 # %%
 from datasets import load_dataset
-from steps.load import check_labels, find_images, load_external, record_data
+from steps.load import check_labels, find_images, load_external, paths_of, record_data
 
 with training.main_process_first(local=False):
+    table, left_out = find_images(image_folder, settings)
     images = load_dataset(
         "imagefolder",
-        data_files=find_images(image_folder),
+        data_files=paths_of(table, image_folder),
         split="train",  # what `datasets` calls all of them; step 5 makes the real splits
-        drop_labels=False,  # or it may decide that there are none
+        drop_labels=True,  # it knows only the folder that a file lies in: the labels are in our table
         cache_dir=str(work.cache),
     )
-    images = check_labels(images, image_folder)  # columns: file, label
+    images = check_labels(images, table, image_folder)
     record_data(images, image_folder, origin, work)
     class_names = images.features["label"].names
     if settings.external_dir:
@@ -151,22 +152,22 @@ log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ",
 # %% [markdown]
 # ## 4 · Preprocess
 #
-# A `ViTImageProcessor` knows how the checkpoint wants its images: size, mean, standard deviation. Each file
-# is decoded and resized once, by `Dataset.map` on all cores, and kept as uint8 (150,528 bytes at 224 pixels).
-# Normalising waits until the pixels are on the GPU, which makes moving them four times cheaper. Files that
-# cannot be read are named and left out, never replaced.
+# The checkpoint's processor, here a `ViTImageProcessor`, knows how it wants its images: size, mean, standard
+# deviation. Each file is decoded and resized once, by `Dataset.map` on all cores, and kept as uint8 (150,528
+# bytes at 224 pixels). Normalising waits until the pixels are on the GPU, which makes moving them four times
+# cheaper. Files that cannot be read are named and left out, never replaced.
 
 # %%
-from transformers import ViTImageProcessor
+from transformers import AutoImageProcessor
 
+from steps.architectures import pixel_shape
 from steps.preprocess import keep_readable, prepare_pixels, show_examples
-from steps.workspace import pixel_shape
 
-processor = ViTImageProcessor.from_pretrained(checkpoint)
+processor = AutoImageProcessor.from_pretrained(checkpoint)
 shape = pixel_shape(processor)  # (channels, height, width)
 with training.main_process_first(local=False):
     images = prepare_pixels(images, image_folder, processor, work.cache)
-    images = keep_readable(images, image_folder, work.report / "left_out.csv")  # adds pixel_values
+    images = keep_readable(images, left_out, work.report / "left_out.csv")
 show_examples(images, image_folder, shape)
 
 # %% [markdown]
@@ -190,19 +191,20 @@ show_splits(splits, scenes)
 # %% [markdown]
 # ## 6 · Model
 #
-# The pretrained ViT has a head for other classes, or none: `from_pretrained` keeps the body, and `draw_head`
-# makes a random head. This is a function because `--cross_validate` makes more models.
+# The pretrained model, here a `ViTForImageClassification`, has a head for other classes, or none: `draw_head`
+# makes a random one. This is a function because `--cross_validate` makes more models.
 
 # %%
 import torch
-from transformers import ViTForImageClassification
-from steps.model import draw_head, normalise_on_device
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from steps.model import draw_head, normalise_on_device, prepare_training
 
 
-def make_model(checkpoint: str) -> tuple[ViTForImageClassification, bool]:
+def make_model(checkpoint: str) -> tuple[PreTrainedModel, bool]:
     """Return the model and whether its head is new."""
-    model, loading = ViTForImageClassification.from_pretrained(
+    model, loading = AutoModelForImageClassification.from_pretrained(
         checkpoint,
+        architectures=[],  # one head, even if it was made with two, as DeiT was
         id2label=dict(enumerate(class_names)),
         label2id={name: label for label, name in enumerate(class_names)},
         dtype=torch.float32,  # even if the checkpoint has 16 bits: those would lose small updates
@@ -210,10 +212,9 @@ def make_model(checkpoint: str) -> tuple[ViTForImageClassification, bool]:
         use_safetensors=True,  # other formats can run code
         output_loading_info=True,
     )
-    new_head = draw_head(model, loading, checkpoint, training.seed)  # and check that nothing else is missing
     normalise_on_device(model, processor, settings.augment)  # and vary the images while training
-    model.base_model.requires_grad_(not settings.freeze_backbone)
-    return model, new_head
+    prepare_training(model, settings.freeze_backbone)
+    return model, draw_head(model, loading, checkpoint, training.seed)  # and check that nothing is missing
 
 
 # %% [markdown]

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import TrainingArguments
 
 from .console import TOKEN, stop
-from .options import AUGMENTATIONS, METRICS, Settings
+from .options import AUGMENTATIONS, KVASIR_URL, METRICS, Settings
 
 HELP = "see python finetune_vit.py --help"
 REQUIRED = "accelerate datasets evaluate filelock matplotlib scipy simplejpeg sklearn".split()
@@ -73,7 +74,7 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
 
 def paths(settings: Settings, output_dir: str) -> Iterator[tuple]:
     """Yield (fails, problem, remedy): folders and files that are missing or misplaced."""
-    for name in ("data_url", "data_dir", "data_root", "model_name_or_path", "split_by", "external_dir"):
+    for name in ("data_url", "data_dir", "data_root", "model_name_or_path", "metadata", "external_dir"):
         value = getattr(settings, name)
         empty = value is not None and (not value.strip() or re.search(NO_TEXT, value))
         yield empty, f"--{name} is empty or no text", "give a value or leave it out"
@@ -88,11 +89,12 @@ def paths(settings: Settings, output_dir: str) -> Iterator[tuple]:
         inside = settings.data_dir is not None and Path(settings.data_dir).resolve() in around
         problem = f"--{name} {folder} lies in --data_dir, as if it were a class"
         yield inside, problem, "choose one outside of it"
-    url, split_by = settings.data_url, settings.split_by
+    url, table = settings.data_url, settings.metadata
     absent = settings.data_dir is None and not is_url(url) and not os.path.isfile(url)
     yield absent, f"--data_url {url} is not a file", "give a URL or the path of an archive"
-    absent = settings.split_file is not None and not os.path.isfile(split_by)
-    yield absent, f"--split_by {split_by} is not a file", "give near-duplicates, random or a CSV file"
+    places = [Path(folder, table or "") for folder in ("", settings.data_dir) if folder is not None]
+    absent = table is not None and settings.data_dir and not any(map(os.path.isfile, places))
+    yield absent, f"--metadata {table} is not a file", "give the path of a CSV file"
     for path in settings.predict or ():
         yield not os.path.exists(path), f"--predict {path} is not there", "give images, folders or archives"
     table = settings.predictions_file
@@ -110,6 +112,13 @@ def shares(settings: Settings) -> Iterator[tuple]:
     steps, decay = settings.min_steps, settings.layer_decay
     yield not 0 <= steps <= 1e9, f"--min_steps is {steps}", "give a number of steps; 0 asks for none"
     yield not 0 < decay <= 1, f"--layer_decay is {decay}", "give a share above 0, up to 1 (no decay)"
+    rule, remedy = (
+        settings.split_by,
+        "give near-duplicates or random; a table with a column split is --metadata",
+    )
+    yield rule not in (None, "near-duplicates", "random"), f"--split_by does not know {rule}", remedy
+    how, remedy = settings.group_by, "give folder (CLASS/PATIENT), parent (PATIENT/CLASS) or none"
+    yield how not in (None, "folder", "parent", "none"), f"--group_by does not know {how}", remedy
     digits = settings.data_sha256
     bad = digits is not None and not re.fullmatch("[0-9a-fA-F]{64}", digits)
     yield bad, f"--data_sha256 {digits} is no SHA-256", "give 64 hexadecimal digits"
@@ -121,9 +130,7 @@ def combinations(settings: Settings, training: TrainingArguments) -> Iterator[tu
     """Yield (fails, problem, remedy): settings that do not go together, and what is not installed."""
     both = settings.data_sha256 is not None and settings.data_dir is not None
     yield both, "--data_sha256 is for an archive, not for --data_dir", "leave one of them out"
-    given = settings.cross_validate and settings.split_file
-    remedy = "use --split_by near-duplicates or random"
-    yield given, "--cross_validate cannot make folds from a CSV file", remedy
+    yield from of_dataset(settings)
     lacking = settings.cross_validate and not settings.validation_size  # or test images count twice
     yield lacking, "--cross_validate needs validation images", "give a --validation_size above 0"
     for package in REQUIRED:
@@ -137,6 +144,21 @@ def combinations(settings: Settings, training: TrainingArguments) -> Iterator[tu
     yield alone, "--hub_space_id publishes the page of a model that is published", "add --push_to_hub"
     told = re.search(TOKEN, json.dumps([dataclasses.asdict(settings), training.to_dict()]))
     yield told, "a token of the Hub stands where it would be written down", "give it with --hub_token"
+
+
+def of_dataset(settings: Settings) -> Iterator[tuple]:
+    """Yield (fails, problem, remedy): settings of a data set of the Hub, and others beside it."""
+    name = settings.dataset_name
+    for other in ("data_dir", "data_url", "data_sha256", "metadata"):
+        given = name is not None and getattr(settings, other) not in (None, KVASIR_URL)
+        yield given, f"--dataset_name and --{other} are two sources", "leave one of them out"
+    for part in ("dataset_config_name", "dataset_revision"):
+        alone = name is None and getattr(settings, part) is not None
+        yield alone, f"--{part} is for a data set of the Hub", "add --dataset_name"
+    try:
+        validate_repo_id("none" if name is None else name)
+    except HFValidationError:
+        yield True, f"--dataset_name {name} cannot be a name on the Hub", "give OWNER/NAME"
 
 
 def check_training(training: TrainingArguments) -> None:

@@ -2,7 +2,6 @@
 
 import http.client
 import os
-import ssl
 import time
 import urllib.error
 import urllib.request
@@ -13,8 +12,9 @@ import filelock
 
 from .archives import class_root, is_archive, unpack
 from .checks import archive_name, is_url
-from .console import LASTING, file_error, log, progress, retry, stop
+from .console import log, progress, retry, stop
 from .files import need_space, read_json, remove, sha256_of, write_json
+from .hubdata import fetch_dataset, may_pass
 from .options import KVASIR_URL, Settings
 from .workspace import Workspace
 
@@ -24,8 +24,9 @@ KVASIR_BYTES = 2_489_312_085
 def fetch_images(work: Workspace) -> tuple[Path, dict[str, Any]]:
     """Return the folder of class folders and what it came from.
 
-    That is `data_dir` and {}, or the unpacked archive and its url, bytes, mtime_ns and sha256. It is
-    downloaded into `work.archives` and unpacked into `data_root` if need be. Raises SystemExit.
+    That is `data_dir` and {}, or a data set of the Hub and its url and revision, or the unpacked archive and
+    its url, bytes, mtime_ns and sha256, downloaded into `work.archives` and unpacked into `data_root` if need
+    be. Raises SystemExit.
     """
     settings = work.settings
     url, root = settings.data_url, Path(settings.data_root)
@@ -35,6 +36,9 @@ def fetch_images(work: Workspace) -> tuple[Path, dict[str, Any]]:
         stop(f"cannot write into {root}: {problem}", "choose another --data_root")
     if settings.data_dir is not None:
         return Path(settings.data_dir).resolve(), {}
+    if settings.dataset_name is not None:
+        with filelock.FileLock(root / ".lock"):
+            return fetch_dataset(settings)
     name, stem = archive_name(url)
     archive, folder = work.archives / name if is_url(url) else Path(url), root / stem
     if folder.is_file():
@@ -105,21 +109,6 @@ def download(url: str, archive: Path, timeout: float = 60) -> None:
     os.replace(part, archive)
     if url == KVASIR_URL and archive.stat().st_size != KVASIR_BYTES:
         log.warning("warning: Kvasir v2 had %s bytes, this has %s", KVASIR_BYTES, archive.stat().st_size)
-
-
-def may_pass(problem: BaseException) -> bool:
-    """Say whether a failed download or upload is worth another try."""
-    problem = hidden_cause(problem)
-    response = getattr(problem, "response", None)  # of the Hub's client
-    if status := getattr(problem, "code", None) or getattr(response, "status_code", None):
-        return status in (408, 416, 425, 429, 500, 502, 503, 504)
-    certificate = isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError)
-    return not (certificate or isinstance(problem, ValueError) or file_error(problem) in LASTING)
-
-
-def hidden_cause(problem: BaseException) -> BaseException:
-    """Return what went wrong on the way to the Hub, which its client at times hides behind a RuntimeError."""
-    return problem.__cause__ or problem if isinstance(problem, RuntimeError) else problem
 
 
 def fetch_rest(url: str, part: Path, note: Path, timeout: float) -> None:

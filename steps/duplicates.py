@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,16 @@ NEAR = 0.04  # how far apart two frames of one scene may be: see `near_pairs` an
 
 @dataclass
 class Scenes:
-    """Near-duplicate pairs, see `find_pairs`, and the scene of each image: int, by file."""
+    """Near-duplicate pairs, see `find_pairs`, and the group of each image: int, by file."""
 
     pairs: pd.DataFrame
     groups: pd.Series
 
 
 def find_scenes(images: Dataset, shape: tuple[int, int, int], path: Path) -> Scenes:
-    """Return the scenes of `images`; the CSV file `path` records the pairs, which are found there again."""
-    pairs = find_pairs(images, shape, path)
-    return Scenes(pairs, group_images(images["file"][:], pairs))
+    """Return the pairs and groups of `images`; the CSV file `path` records the pairs, found there again."""
+    pairs, known = find_pairs(images, shape, path), "group" in images.column_names
+    return Scenes(pairs, group_images(images["file"][:], pairs, images["group"][:] if known else ()))
 
 
 def find_pairs(images: Dataset, shape: tuple[int, int, int], path: Path) -> pd.DataFrame:
@@ -92,31 +93,50 @@ def cells(views: np.ndarray, top: int, left: int) -> tuple[np.ndarray, np.ndarra
     return sums, np.sqrt((sums**2).sum(1))
 
 
-def group_images(files: list[str], pairs: pd.DataFrame) -> pd.Series:
-    """Return the scene, int, of each of `files` (the index): whatever a chain of near-duplicates connects.
+def group_images(files: list[str], pairs: pd.DataFrame, patients: Sequence[str] = ()) -> pd.Series:
+    """Return the group, int, of each of `files` (the index): what a chain of near-duplicates connects.
 
-    Chains can run away in large folders: a scene of more than a tenth of the images, and more than 50, is
-    connected anew at smaller and smaller distances.
+    The images of a patient belong together, too; `patients` has one of each file, "" where not known. Chains
+    can run away, in large folders or where all pictures are alike: a group of more than 50 images, a tenth of
+    them and two of the largest patients is connected anew at smaller and smaller distances.
     """
     row = {file: row for row, file in enumerate(files)}
+    known = {patient: number for number, patient in enumerate(patients) if patient}  # its last image
+    own = np.array([[number, known[patient]] for number, patient in enumerate(patients) if patient], int)
     pairs = pairs[pairs["file_a"].isin(row) & pairs["file_b"].isin(row)]
     a, b = (pairs[name].map(row).to_numpy(int) for name in ("file_a", "file_b"))
     keep, distance = np.full(len(pairs), True), pairs["distance"].to_numpy()
-    for closer in (0.75, 0.5, 0.25, 0):
-        links = scipy.sparse.coo_array((keep[keep], (a[keep], b[keep])), shape=(len(files), len(files)))
+    most = max(50, len(files) / 10, 2 * np.bincount(own[:, 1] if len(own) else [0]).max())
+    closer_still = [0.75, 0.5, 0.25, 0]
+    if len(own):  # patients stay whole: only copies to the bit may join them, where all else runs away
+        closer_still.append(0)
+    for closer in closer_still:
+        ends = np.vstack([np.column_stack([a, b])[keep], own.reshape(-1, 2)]).T
+        links = scipy.sparse.coo_array((np.ones(ends.shape[1]), ends), shape=(len(files), len(files)))
         group = scipy.sparse.csgraph.connected_components(links, directed=False)[1]
-        large = np.bincount(group)[group] > max(50, len(files) / 10)
+        large = np.bincount(group)[group] > most
         keep &= ~large[a] | (distance <= closer * NEAR)
     return pd.Series(group, files)
 
 
 def count_pairs(scenes: Scenes, splits: DatasetDict) -> dict[str, int]:
-    """Return the numbers of scenes and near-duplicate pairs: all, across splits, with two labels."""
+    """Return the numbers of groups and near-duplicate pairs: all, across splits, with two labels.
+
+    Where patients are known, also how many patients and scenes there are, and patients on two sides.
+    """
     side = {file: name for name, part in splits.items() for file in part["file"]}
     pairs = scenes.pairs
     pairs = pairs[pairs["file_a"].isin(side) & pairs["file_b"].isin(side)]
     a, b = pairs["file_a"].map(side), pairs["file_b"].map(side)
-    return {
+    patients = {}
+    if all("group" in part.column_names for part in splits.values()):
+        of = pd.concat([pd.Series(part["group"][:], part["file"][:]) for part in splits.values()])
+        of = of[of != ""].to_dict()  # patient by file
+        tested = pd.Series(side)[list(of)].eq("test").groupby(of).agg(["any", "all"])
+        divided = tested["any"] & ~tested["all"]
+        patients = {"patients": len(tested), "patients_across_test": int(divided.sum())}
+        patients["scenes"] = group_images(list(side), pairs).nunique()
+    return patients | {
         "groups": scenes.groups[list(side)].nunique(),
         "near_duplicate_pairs": len(pairs),
         "pairs_across_splits": int((a != b).sum()),

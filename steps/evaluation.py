@@ -15,6 +15,7 @@ import transformers
 from datasets import Dataset, DatasetDict
 from transformers import Trainer, TrainingArguments
 
+from .architectures import pixel_shape
 from .console import MAIN, log, show, stop
 from .duplicates import Scenes, count_pairs, find_scenes, near_pairs, thumbnails
 from .files import read_json, read_table, remove, write_json, write_table
@@ -24,8 +25,8 @@ from .preprocess import keep_readable, prepare_pixels
 from .report import public
 from .scores import calibration, score, score_classes, truth_of
 from .settings import images_per_step
-from .split import SPLITS, cut_folds
-from .workspace import Workspace, pixel_shape, versions
+from .split import SPLITS, cut_folds, split_rule
+from .workspace import Workspace, versions
 
 
 def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path) -> pd.DataFrame:
@@ -73,8 +74,10 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     results["calibration"] = calibration(*truth_of(parts["test"], class_names), temperature)
     uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
-    results["split"] = {"by": public(record["settings"]["split_by"])} | splits.num_rows
+    results["split"] = {"by": split_rule(splits["test"], record["settings"]["split_by"])} | splits.num_rows
     results["split"] |= count_pairs(scenes, splits)
+    if "earlier" in record:  # the run goes on from a model of ours
+        results["split"]["earlier"] = record["earlier"]
     results["split"]["classes"] = {name: count_classes(part) for name, part in splits.items()}
     results["speed"] = measured_speed(trainer, splits["train"])
     recorded = record["settings"] | record["training"]
@@ -198,9 +201,10 @@ def evaluate_external(splits: DatasetDict, trainer: Trainer, work: Workspace) ->
     class_names, processor = splits["train"].features["label"].names, trainer.processing_class
     folder, shape = Path(work.settings.external_dir).resolve(), pixel_shape(processor)
     with work.training.main_process_first(local=False):
-        pixels = prepare_pixels(load_external(class_names, work), folder, processor, work.cache)
+        images, left_out = load_external(class_names, work)
+        pixels = prepare_pixels(images, folder, processor, work.cache)
     name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
-    pixels = keep_readable(pixels, folder, work.report / f"left_out-{name}.csv")
+    pixels = keep_readable(pixels, left_out, work.report / f"left_out-{name}.csv")
     seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
     twins = near_pairs(thumbnails(pixels, shape), seen)["a"].unique()
     new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))

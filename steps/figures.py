@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-from transformers import Trainer, ViTForImageClassification
+from transformers import Trainer
 
+from .architectures import CLASS_TOKEN, pixel_shape
 from .duplicates import Scenes
 from .model import attention_rollout
 from .preprocess import pixels_of
@@ -35,19 +36,24 @@ def charts(results: dict, predictions: pd.DataFrame, history: list[dict]) -> dic
 def galleries(
     predictions: pd.DataFrame, scenes: Scenes, images: Dataset, trainer: Trainer
 ) -> dict[str, Callable[[], Figure]]:
-    """Return {file name: function that draws it} for mistakes, attention, label conflicts, if any exist."""
+    """Return {file name: function that draws it} for mistakes, attention, label conflicts, if any exist.
+
+    Attention only where the model has a class token that looks at all of the image.
+    """
     tested, names = predictions[predictions["split"] == "test"], images.features["label"].names
     tested = tested.iloc[np.argsort(-tested[names].max(axis=1), kind="stable")]
     right = tested["label"] == tested["prediction"]
-    shown = {"mistakes.png": tested[~right], "attention.png": tested[right].groupby("label").head(1)}
+    shown = {"mistakes.png": tested[~right]}
+    if trainer.model.config.model_type in CLASS_TOKEN:
+        shown["attention.png"] = tested[right].groupby("label").head(1)
     drawn = {
-        name: partial(draw_examples, rows[:12], names, images, trainer.model)
+        name: partial(draw_examples, rows[:12], names, images, trainer)
         for name, rows in shown.items()
         if len(rows)
     }
     conflicts = scenes.pairs[scenes.pairs["label_a"] != scenes.pairs["label_b"]]
     if len(conflicts):
-        drawn["label_conflicts.png"] = partial(draw_conflicts, conflicts[:12], images, trainer.model)
+        drawn["label_conflicts.png"] = partial(draw_conflicts, conflicts[:12], images, trainer)
     return drawn
 
 
@@ -131,38 +137,41 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature:
     return figure
 
 
-def draw_pairs(left: np.ndarray, right: np.ndarray, captions: list[str]) -> Figure:
-    """Draw pictures, uint8 (n, height, width, 3), in pairs, three pairs per row."""
-    rows = -(-len(left) // 3)
+def draw_pictures(pictures: np.ndarray, captions: list[str]) -> Figure:
+    """Draw pictures, uint8 (n, height, width, 3), three per row."""
+    rows = -(-len(pictures) // 3)
     figure = Figure(figsize=(10, 2.1 * rows), layout="constrained")
     grid = figure.subplots(rows, 3, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
-    for axes, first, second, caption in zip(grid, left, right, captions, strict=False):
-        axes.imshow(np.hstack([first, np.full_like(first[:, :4], 255), second]))
+    for axes, picture, caption in zip(grid, pictures, captions, strict=False):
+        axes.imshow(picture)
         axes.set_title(caption, fontsize=9)
     return figure
 
 
-def draw_conflicts(pairs: pd.DataFrame, images: Dataset, model: ViTForImageClassification) -> Figure:
+def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return pictures, uint8 (n, height, width, 3), side by side with a white line between them."""
+    return np.concatenate([left, np.full_like(left[:, :, :4], 255), right], axis=2)
+
+
+def draw_conflicts(pairs: pd.DataFrame, images: Dataset, trainer: Trainer) -> Figure:
     """Draw near-duplicates with different labels."""
-    left, right = (pixels_of(pairs[name], images, shape_of(model)) for name in ("file_a", "file_b"))
+    shape = pixel_shape(trainer.processing_class)
+    left, right = (pixels_of(pairs[name], images, shape) for name in ("file_a", "file_b"))
     names = zip(pairs["label_a"], pairs["label_b"], pairs["distance"], strict=True)
-    return draw_pairs(left, right, [f"{a} | {b}\ndistance {distance:.3f}" for a, b, distance in names])
+    return draw_pictures(join(left, right), [f"{a} | {b}\ndistance {near:.3f}" for a, b, near in names])
 
 
 def draw_examples(
-    predictions: pd.DataFrame, class_names: list[str], images: Dataset, model: ViTForImageClassification
+    predictions: pd.DataFrame, class_names: list[str], images: Dataset, trainer: Trainer
 ) -> Figure:
-    """Draw predicted images, each beside a copy with the model's attention over it: yellow is most."""
-    pixels = pixels_of(predictions["file"], images, shape_of(model))
-    maps = attention_rollout(model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
-    seen = (0.4 * pixels + 0.6 * 255 * matplotlib.colormaps["viridis"](maps)[..., :3]).astype(np.uint8)
+    """Draw predicted images, where the model has a class token beside its attention: yellow is most."""
+    pictures = pixels = pixels_of(predictions["file"], images, pixel_shape(trainer.processing_class))
+    if trainer.model.config.model_type in CLASS_TOKEN:
+        maps = attention_rollout(trainer.model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
+        seen = 0.4 * pixels + 0.6 * 255 * matplotlib.colormaps["viridis"](maps)[..., :3]
+        pictures = join(pixels, seen.astype(np.uint8))
     columns = predictions["label"], predictions["prediction"], predictions[class_names].max(axis=1)
     captions = [f"true: {true}\npredicted: {guess}, {p:.0%}" for true, guess, p in zip(*columns, strict=True)]
-    return draw_pairs(pixels, seen, captions)
-
-
-def shape_of(model: ViTForImageClassification) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the pixels that the model takes."""
-    return model.config.num_channels, model.config.image_size, model.config.image_size
+    return draw_pictures(pictures, captions)

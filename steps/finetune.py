@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from datasets import Dataset
 from sklearn.linear_model import RidgeClassifierCV
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTForImageClassification
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_parameter_names
 
+from .architectures import blocks_of
 from .checkpoints import StopOnSignal
 from .console import MAIN, log, progress, stop
 from .files import read_json, write_json
@@ -150,9 +151,11 @@ def chosen_epoch(training: TrainingArguments, state: TrainerState) -> float:
 
 
 def layerwise_optimizer(
-    model: ViTForImageClassification, training: TrainingArguments, decay: float
+    model: PreTrainedModel, training: TrainingArguments, decay: float
 ) -> tuple[type, dict[str, Any]] | None:
     """Return the optimizer's class and arguments, with rate * decay ** (layers above) for each layer.
+
+    Where layers form stages, as in Swin and ConvNeXt, a stage counts as a layer.
 
     Layer-wise learning-rate decay as in BEiT (Bao et al. 2022, arXiv 2106.08254): the head learns at the full
     rate, the embeddings at the lowest. Biases and norms have no weight decay. None, if `decay` is 1.
@@ -161,12 +164,11 @@ def layerwise_optimizer(
         return None
     groups, depth = {}, 0
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias", "norm"]))
-    count = model.config.num_hidden_layers
-    (blocks,) = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+    blocks = blocks_of(model)
     layer = {weights: number for number, block in enumerate(blocks, 1) for weights in block.parameters()}
     for name, weights in model.named_parameters():  # in order: embeddings, blocks, what stands above them
-        depth = layer.get(weights, count + 1 if depth else 0)
-        rate = training.learning_rate * decay ** (count + 1 - depth)
+        depth = layer.get(weights, len(blocks) + 1 if depth else 0)
+        rate = training.learning_rate * decay ** (len(blocks) + 1 - depth)
         plain = name not in decayed
         group = {"params": [], "lr": rate, "weight_decay": 0.0 if plain else training.weight_decay}
         if weights.requires_grad:
@@ -194,9 +196,9 @@ def fit_head(trainer: Trainer, augment: str) -> None:
     weighted alike, its strength chosen by leave-one-out. If `augment` turns or flips, images turned by half
     or mirrored count, too.
     """
-    tokens, labels = class_tokens(trainer, (2, 3) if "turn" in augment else (3,) if "flip" in augment else ())
-    scale = tokens.std()
-    probe = RidgeClassifierCV(np.logspace(0, 4, 9), class_weight="balanced").fit(tokens / scale, labels)
+    inputs, labels = head_inputs(trainer, (2, 3) if "turn" in augment else (3,) if "flip" in augment else ())
+    scale = inputs.std()
+    probe = RidgeClassifierCV(np.logspace(0, 4, 9), class_weight="balanced").fit(inputs / scale, labels)
     weight, bias = np.atleast_2d(probe.coef_) / scale, np.atleast_1d(probe.intercept_)
     if len(weight) == 1:  # two classes share one row
         weight, bias = np.vstack([-weight, weight]), np.hstack([-bias, bias])
@@ -206,7 +208,7 @@ def fit_head(trainer: Trainer, augment: str) -> None:
     trainer.state.log_history.append({"ridge_strength": float(probe.alpha_)})
 
 
-def class_tokens(trainer: Trainer, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def head_inputs(trainer: Trainer, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return what the head reads, float64 (n * views, width), and the labels, int (n * views,).
 
     The views of each training image: as it is and, if there are `axes`, flipped along them.
@@ -214,15 +216,15 @@ def class_tokens(trainer: Trainer, axes: tuple[int, ...]) -> tuple[np.ndarray, n
     model, inputs, gathered = trainer.model.eval(), [], []
     views = [(), axes] if axes else [()]
     hook = model.classifier.register_forward_pre_hook(lambda module, args: inputs.append(args[0].float()))
-    with hook, torch.inference_mode(), trainer.accelerator.autocast():
+    with hook, torch.no_grad(), trainer.accelerator.autocast():  # BEiT keeps a tensor from it for training
         for rows in progress(trainer.get_eval_dataloader(trainer.train_dataset), desc="linear probe"):
             inputs.clear()
             for flipped in views:
                 model(pixel_values=rows["pixel_values"].flip(flipped))
             parts = torch.stack(inputs, dim=1), rows["labels"]
             gathered.append([part.cpu() for part in trainer.accelerator.gather_for_metrics(parts)])
-    tokens, labels = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
-    return np.concatenate(tokens.astype(float)), labels.repeat(len(views))
+    features, labels = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
+    return np.concatenate(features.astype(float)), labels.repeat(len(views))
 
 
 def calibrate(trainer: Trainer) -> None:

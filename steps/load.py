@@ -5,21 +5,24 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
+import pandas as pd
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .archives import HIDDEN, visible
+from .archives import HIDDEN
 from .console import log, stop
 from .files import COLUMNS, read_json, sha256_of, write_json
-from .options import KVASIR_URL
+from .layouts import read_folders, read_splits, refuse_empty
+from .options import KVASIR_URL, Settings
+from .tables import find_tables, read_rows
 from .workspace import SAMPLE, Workspace, forget_split, is_trained
 
 KVASIR = {  # its terms and citation are in templates/model_card.md
@@ -29,6 +32,7 @@ KVASIR = {  # its terms and citation are in templates/model_card.md
     normal-z-line polyps ulcerative-colitis""".split(),
     "images_per_class": 1000,
 }
+ARCHIVES = ".zip .tar .tgz .gz .bz2 .xz .rar .7z".split()
 # Endings of images that this Pillow may not read: named when they are left out.
 OTHER_IMAGES = """.avif .heic .heif .jxl .mpo .qoi .svg .dcm .dicom .nii .mha .mhd .nrrd .czi .svs .ndpi
 .mrxs .vsi .raw .dng .cr2 .cr3 .nef .arw .orf .rw2""".split()
@@ -62,6 +66,8 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
             if not name.lower().endswith(kinds):
                 if ending in OTHER_IMAGES:
                     left_out[path] = f"{ending} files, which Pillow does not read here"
+                elif ending in ARCHIVES:
+                    left_out[path] = "archives, which are read one at a time: give it as --data_url"
             elif not os.path.isfile(path):
                 left_out[path] = "dead links or not files"
             elif re.search("::|://|[\ud800-\udfff]", path):  # taken for a URL, or not UTF-8
@@ -71,18 +77,50 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     return taken, left_out
 
 
-def find_images(folder: Path) -> dict[str, list[str]]:
-    """Return the image files below `folder` as `data_files` of `load_dataset`. Raises SystemExit if none.
+def find_images(folder: Path, settings: Settings) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Return the table of the images below `folder`, ordered by name, and {what is left out: why}.
 
-    All are one split: otherwise a folder that is called test would become a split of its own, and a
-    metadata file could name files anywhere on the disk.
+    Columns, all str: `file`, relative to `folder`, with forward slashes; `label`; and, where a table or the
+    folders say them, `split` ("train", "validation", "test") and `group` (the patient, "" if unknown). What a
+    table says goes before what folders say. Raises SystemExit where labels are missing or unclear.
     """
     paths, left_out = list_images(folder)
+    left_out = {os.path.relpath(path, folder): reason for path, reason in left_out.items()}
     if not paths:
         found = f"; {len(left_out)} files left out: {summary(left_out.values())}" if left_out else ""
         stop(f"no images in {folder}{found}", "give a folder that holds one folder for each class")
-    datasets.disable_progress_bars()  # they would call it a download
-    return {"train": [glob.escape(path) for path in paths]}
+    files = sorted(Path(os.path.relpath(path, folder)).as_posix() for path in paths)
+    rows = pd.DataFrame()
+    for path in find_tables(folder, settings):
+        more, reasons = read_rows(path, files, folder, settings)
+        rows, left_out = pd.concat([rows, more]), left_out | reasons
+    if "label" not in rows:
+        refuse_empty(files, folder, read_splits(files) or [""])
+        table = read_folders(files, folder, settings.group_by)
+    else:
+        splits = read_splits(files) or {}
+        table = pd.DataFrame({"file": files, "split": [splits.get(file.split("/")[0], "") for file in files]})
+    if len(rows):
+        table = join_rows(table, rows.drop_duplicates("file"), left_out)
+    table["label"] = [unicodedata.normalize("NFC", label) for label in table["label"]]
+    known = [name for name in ("split", "group") if name in table and table[name].any()]
+    known = [name for name in known if name == "group" or table["split"].nunique() > 1]
+    return table[["file", "label", *known]].reset_index(drop=True), left_out
+
+
+def join_rows(table: pd.DataFrame, rows: pd.DataFrame, left_out: dict[str, str]) -> pd.DataFrame:
+    """Return `table` with what `rows` say of each file; add to `left_out` the files that they do not name."""
+    rows = rows.set_index("file")
+    named = table["file"].isin(rows.index)
+    for file in table["file"][~named]:
+        left_out.setdefault(file, "images without a row")
+    table = table[named].set_index("file")
+    table = rows.reindex(table.index).combine_first(table)  # the rows say more, or otherwise
+    if "label" in rows:
+        tops = table.index.str.split("/").str[0]
+        against = tops.isin(set(rows["label"])) & (tops != table["label"])
+        left_out |= dict.fromkeys(table.index[against], "images whose row and folder name different classes")
+    return table[~table.index.isin(left_out)].reset_index()
 
 
 def summary(reasons: Iterable[str]) -> str:
@@ -93,52 +131,65 @@ def summary(reasons: Iterable[str]) -> str:
     return ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
 
 
-def check_labels(images: Dataset, folder: Path) -> Dataset:
-    """Return the table of an imagefolder, ordered by name, not decoded.
+def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, list[str]]:
+    """Return the files of a table as `data_files` of `load_dataset`.
 
-    Columns: `file`, str, relative to `folder`, with forward slashes; `label`, ClassLabel of the sorted folder
-    names. Raises SystemExit where they disagree, and on an empty, reserved or only class.
+    All are one split: otherwise a folder that is called test would become a split of its own, and a metadata
+    file could name files anywhere on the disk.
+    """
+    datasets.disable_progress_bars()  # they would call it a download
+    return {"train": [glob.escape(str(folder / file)) for file in table["file"]]}
+
+
+def check_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
+    """Return the table as a `Dataset`, with `label` a ClassLabel of the sorted names.
+
+    `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing, and on a
+    reserved or only class.
     """
     images = images.cast_column("image", datasets.Image(decode=False))
-    files = [Path(os.path.relpath(image["path"], folder)).as_posix() for image in images["image"]]
-    images = images.remove_columns("image").add_column("file", files).select(np.argsort(files))
-    names = images.features["label"].names
-    for file, label in zip(images["file"], images["label"], strict=True):
-        if file.split("/")[0] != names[label]:
-            remedy = "give a folder with one folder for each class, and a split of your own with --split_by"
-            stop(f"{file} in {folder} is not directly in a class folder", remedy)
-    empty = {entry.name for entry in visible(folder) if entry.is_dir()} - set(names)
-    if empty:
-        stop(f"no images in {', '.join(sorted(empty))}", "fill or delete these folders")
+    files = {Path(os.path.relpath(image["path"], folder)).as_posix() for image in images["image"]}
+    if lacking := sorted(set(table["file"]) - files):
+        stop(f"`datasets` does not take {lacking[0]}", "rename it")
+    names = sorted(set(table["label"]))
     if reserved := sorted(set(names) & set(COLUMNS)):
-        stop(f"a class is called {reserved[0]}, like a column of our tables", "rename its folder")
+        stop(f"a class is called {reserved[0]}, like a column of our tables", "rename it")
     if len(names) < 2:
-        stop(f"{folder} holds one class only", "give a folder that holds one folder for each class")
-    return images
+        stop(
+            f"{folder} holds one class only: {names[0]}", "give a folder that holds one folder for each class"
+        )
+    return as_dataset(table, names)
 
 
-def load_folder(folder: Path, cache: Path) -> Dataset:
-    """Return the images of another folder: what step 3 of the script does."""
-    images = load_dataset(
-        "imagefolder", data_files=find_images(folder), split="train", drop_labels=False, cache_dir=str(cache)
-    )
-    return check_labels(images, folder)
+def as_dataset(table: pd.DataFrame, names: list[str]) -> Dataset:
+    """Return a table of images as a `Dataset`, its labels numbered by their place in `names`."""
+    features = Features({name: Value("string") for name in table} | {"label": ClassLabel(names=names)})
+    return Dataset.from_dict(table.to_dict("list"), features=features)  # which numbers the labels
 
 
-def load_external(class_names: list[str], work: Workspace) -> Dataset:
-    """Return the images in `external_dir` of known classes, with our labels. Raises SystemExit if none."""
+def load_folder(folder: Path, settings: Settings, cache: Path) -> tuple[Dataset, dict[str, str]]:
+    """Return the images of a folder, and {what is left out: why}: what step 3 of the script does."""
+    table, left_out = find_images(folder, settings)
+    options = {"data_files": paths_of(table, folder), "cache_dir": str(cache)}
+    images = load_dataset("imagefolder", split="train", drop_labels=True, **options)
+    return check_labels(images, table, folder), left_out
+
+
+def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dict[str, str]]:
+    """Return the images in `external_dir` of known classes, with our labels, and {what is left out: why}.
+
+    Raises SystemExit if there are none.
+    """
     folder = Path(work.settings.external_dir).resolve()
-    images = load_folder(folder, work.cache)
-    names = [images.features["label"].names[label] for label in images["label"]]
-    known = {name: label for label, name in enumerate(class_names)}
-    if not known.keys() & set(names):
+    images, left_out = load_folder(folder, Settings(), work.cache)
+    names = images.features["label"].names
+    table = images.to_pandas().assign(label=[names[label] for label in images["label"]])
+    known = table["label"].isin(class_names)
+    if not known.any():
         stop(f"no class folder in {folder} is named like ours", f"ours are {', '.join(class_names)}")
-    if unknown := sorted(set(names) - known.keys()):
+    if unknown := sorted(set(table["label"][~known])):
         log.warning("left out of %s: classes that the model does not know: %s", folder, ", ".join(unknown))
-    rows = [(file, known[name]) for file, name in zip(images["file"], names, strict=True) if name in known]
-    files, labels = zip(*rows, strict=True)
-    features = Features({"file": Value("string"), "label": ClassLabel(names=class_names)})
-    return Dataset.from_dict({"file": files, "label": labels}, features=features)
+    return as_dataset(table[known], class_names), left_out
 
 
 def count_classes(images: Dataset) -> dict[str, int]:
@@ -150,9 +201,12 @@ def count_classes(images: Dataset) -> dict[str, int]:
 def record_data(images: Dataset, folder: Path, origin: dict[str, Any], work: Workspace) -> None:
     """Note the images in settings.json; if they changed, forget the split; SystemExit if trained."""
     sizes = [(folder / file).stat().st_size for file in images["file"]]
-    listing = json.dumps([images["file"][:], images["label"][:], sizes]).encode()
+    known = [images[name][:] for name in ("split", "group") if name in images.column_names]
+    listing = json.dumps([images["file"][:], images["label"][:], sizes, *known]).encode()
     data = {"name": folder.name, "images": len(images), "files_sha256": hashlib.sha256(listing).hexdigest()}
     data |= {f"archive_{name}": origin[name] for name in ("bytes", "sha256") if name in origin}
+    if work.settings.dataset_name is not None:
+        data |= {"name": work.settings.dataset_name, "revision": origin["revision"]}
     data |= recognise(images, origin, work)
     path = work.output_dir / "settings.json"
     record = read_json(path)
@@ -160,7 +214,8 @@ def record_data(images: Dataset, folder: Path, origin: dict[str, Any], work: Wor
     if before and before["files_sha256"] != data["files_sha256"]:
         if is_trained(work.output_dir):
             remedy = f"use another --output_dir, or delete {work.output_dir}"
-            stop(f"{work.output_dir} was made from other images than those in {folder}", remedy)
+            what = "images, labels, splits or patients"
+            stop(f"{work.output_dir} was made from other {what} than those in {folder}", remedy)
         forget_split(work)
     if before != data:
         write_json(path, record | {"data": data})

@@ -1,17 +1,19 @@
-"""Step 6: a ViT that takes uint8 pixels, varies and normalises them on the device, and its attention."""
+"""Step 6: a model that takes uint8 pixels, varies and normalises them on the device, and its attention."""
 
 import functools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import ViTForImageClassification, ViTImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
+from .architectures import HEAD, MEAN_LOSS, UNUSED
 from .console import log, stop
 
 
-def draw_head(model: ViTForImageClassification, loading: dict[str, Any], checkpoint: str, seed: int) -> bool:
+def draw_head(model: PreTrainedModel, loading: dict[str, Any], checkpoint: str, seed: int) -> bool:
     """Make a random head from `seed` unless the checkpoint's has the same classes in the same order.
 
     Returns whether it is new. `loading` says what `from_pretrained` did not find: SystemExit if that was more
@@ -19,12 +21,13 @@ def draw_head(model: ViTForImageClassification, loading: dict[str, Any], checkpo
     """
     known = transformers.AutoConfig.from_pretrained(checkpoint).id2label == model.config.id2label
     drawn = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
-    if lacking := sorted(name for name in drawn if known or not name.startswith("classifier.")):
+    if lacking := sorted(name for name in drawn if known or not name.startswith(HEAD)):
         text = f"the weights in {checkpoint} are not those of its config.json: {lacking[0]} is missing"
         stop(f"{text} or of another size", "use another --model_name_or_path")
     if not known:
         transformers.set_seed(seed)
-        torch.nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+        spread = getattr(model.config, "initializer_range", 0.02)  # SigLIP has none
+        torch.nn.init.trunc_normal_(model.classifier.weight, std=spread)
         torch.nn.init.zeros_(model.classifier.bias)
         model.config.calibration_temperature = 1.0  # or another head's would stay
     head = "its own" if known else "a new"
@@ -33,9 +36,16 @@ def draw_head(model: ViTForImageClassification, loading: dict[str, Any], checkpo
     return not known
 
 
-def normalise_on_device(
-    model: ViTForImageClassification, processor: ViTImageProcessor, kinds: str = ""
-) -> None:
+def prepare_training(model: PreTrainedModel, freeze_backbone: bool) -> None:
+    """Freeze all but the head or, without `freeze_backbone`, only what no logit depends on."""
+    for name, weights in model.named_parameters():
+        unused = any(part in name for part in UNUSED)  # or processes would wait for its gradient
+        weights.requires_grad_(name.startswith("classifier.") or not (freeze_backbone or unused))
+    if model.config.model_type in MEAN_LOSS:  # or the Trainer would add up the losses of accumulated steps
+        model.accepts_loss_kwargs = False
+
+
+def normalise_on_device(model: PreTrainedModel, processor: BaseImageProcessor, kinds: str = "") -> None:
     """Let `model` turn uint8 pixels into what `processor` would make of them; floats pass unchanged.
 
     While the model trains, `augment` varies them first, by `kinds`.
@@ -47,7 +57,7 @@ def normalise_on_device(
 
     def normalise(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         pixels = kwargs["pixel_values"]
-        if pixels.dtype == torch.uint8:  # ViT would take them as they are and learn little
+        if pixels.dtype == torch.uint8:  # models would take them as they are and learn little
             pixels = augment(pixels, kinds) if module.training and kinds else pixels
             kwargs["pixel_values"] = (pixels - module.pixel_mean) / module.pixel_std
         return args, kwargs
@@ -82,11 +92,11 @@ def augment(pixels: torch.Tensor, kinds: str) -> torch.Tensor:
     return images.clamp(0, 255)
 
 
-def attention_rollout(model: ViTForImageClassification, pixels: torch.Tensor) -> torch.Tensor:
+def attention_rollout(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
     """Return where the class token looks, float32 (n, height, width), each from 0 to 1.
 
     Abnar and Zuidema 2020, arXiv 2005.00928: the attention of all layers multiplied, heads averaged, the
-    residual counted as half. `pixels` is uint8 (n, channels, height, width).
+    residual counted as half. `pixels` is uint8 (n, channels, size, size). For the types of CLASS_TOKEN.
     """
     kind = model.config._attn_implementation  # transformers has no public getter
     model.set_attn_implementation("eager")  # the faster ones keep no attention
@@ -97,8 +107,8 @@ def attention_rollout(model: ViTForImageClassification, pixels: torch.Tensor) ->
         model.set_attn_implementation(kind)
     itself = torch.eye(layers[0].shape[-1], device=model.device)
     flow = functools.reduce(lambda flow, layer: (layer.mean(1) + itself) / 2 @ flow, layers, itself)
-    side = round((flow.shape[-1] - 1) ** 0.5)
-    maps = flow[:, None, 0, 1:].reshape(-1, 1, side, side)
+    side = math.isqrt(flow.shape[-1] - 1)  # registers, after the class token, are fewer than a row of patches
+    maps = flow[:, 0, -(side**2) :].reshape(-1, 1, side, side)
     maps = F.interpolate(maps, pixels.shape[-2:], mode="bilinear")[:, 0].cpu()
     low, high = maps.flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)[..., None, None]
     return ((maps - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # single patches can outshine all else

@@ -1,7 +1,6 @@
 """Every setting of our own, our defaults for the Trainer's, and the words that people use for them."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 KVASIR_URL = "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip"
@@ -23,15 +22,24 @@ class Settings:
     data_url: str = setting(KVASIR_URL, "Archive (zip or tar) of class folders: URL or path.", "URL")
     data_sha256: str | None = setting(None, "SHA-256 that the archive must have, in hex.", "HEX")
     data_dir: str | None = setting(None, "Folder of class folders; replaces data_url.", "FOLDER")
+    dataset_name: str | None = setting(None, "Data set on the Hub; replaces data_url.", "OWNER/NAME")
+    dataset_config_name: str | None = setting(None, "Its configuration, if it has several.", "NAME")
+    dataset_revision: str | None = setting(None, "Its branch, tag or commit; default: the newest.", "NAME")
+    metadata: str | None = setting(None, "CSV or TSV table with a row per image.", "FILE")
+    image_column_name: str | None = setting(None, "Its column of file names, or of images.", "NAME")
+    label_column_name: list[str] | None = setting(None, "Its column of labels, or one per class.", "NAME ...")
+    split_column_name: str | None = setting(None, "Its column of splits.", "NAME")
+    group_column_name: str | None = setting(None, "Its column of patients, cases or videos.", "NAME")
+    group_by: str | None = setting(None, "Folders that are patients, below or above those of classes.", "HOW")
     data_root: str = setting("data", "Folder for archives, unpacked images and caches.", "FOLDER")
     endoscopy: bool = setting(False, "Endoscopic images: the card explains their overlays.")
-    model_name_or_path: str = setting(VIT_BASE, "Pretrained ViT: name on the Hub, or folder.", "MODEL")
+    model_name_or_path: str = setting(VIT_BASE, "Pretrained model: name on the Hub, or folder.", "MODEL")
     recipe: str = setting("default", "default, tutorial, fast or best; other flags override it.", "NAME")
     test_size: float = setting(0.15, "Share of the images (0 to 1) kept for the test.", "SHARE")
     validation_size: float = setting(
         0.15, "Share that chooses the epoch; 0: the test images do, and flatter the score.", "SHARE"
     )
-    split_by: str = setting("near-duplicates", "near-duplicates, random, or a CSV file (file,split).", "HOW")
+    split_by: str | None = setting(None, "near-duplicates or random; default: as given, if it is.", "HOW")
     augment: str = setting("", "Vary training images by any of flip,turn,crop,colour.", "KINDS")
     linear_probe: bool = setting(False, "Fit the head to the pretrained features first.", "BOOL")
     layer_decay: float = setting(1.0, "Each layer's learning rate, as a share of the next one's.", "SHARE")
@@ -46,11 +54,6 @@ class Settings:
     predictions_file: str | None = setting(None, "CSV file for the answers of --predict.", "FILE")
     demo: bool = setting(False, "Do not train: open a web page to try the model.")
     arguments: list[str] = field(default_factory=list, init=False)  # as given, without the token
-
-    @property
-    def split_file(self) -> Path | None:
-        """The CSV file that decides the split, if one was given."""
-        return None if self.split_by in ("near-duplicates", "random") else Path(self.split_by)
 
 
 TRAINING = {  # fields of TrainingArguments: our default, help, name of the value; no help: not listed
@@ -76,7 +79,7 @@ TRAINING = {  # fields of TrainingArguments: our default, help, name of the valu
     "hub_private_repo": (None, "Keep the model private on the Hub.", "BOOL"),
     "resume_from_checkpoint": (None, "Checkpoint to go on from; default: the newest.", "FOLDER"),
     "disable_tqdm": (False, "No progress bars.", "BOOL"),
-    "ddp_find_unused_parameters": (False, "", ""),  # a ViT has none
+    "ddp_find_unused_parameters": (False, "", ""),  # what gets no gradient is frozen
     "ddp_timeout": (4 * 3600, "", ""),  # seconds: the other processes wait for the download
 }
 WORDS = {  # what people write: the setting that does it
@@ -85,8 +88,9 @@ WORDS = {  # what people write: the setting that does it
     "bs": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
     "model": "model_name_or_path", "model_name": "model_name_or_path", "checkpoint": "model_name_or_path",
     "image_size": "model_name_or_path", "train_dir": "data_dir", "data": "data_dir", "images": "data_dir",
-    "data_path": "data_dir", "dataset": "data_dir", "test_dir": "external_dir", "patients": "split_by",
-    "groups": "split_by", "split": "split_by", "val_size": "validation_size", "folds": "cross_validate",
+    "data_path": "data_dir", "dataset": "dataset_name", "test_dir": "external_dir", "split": "split_by",
+    "patients": "group_column_name", "groups": "group_column_name", "csv": "metadata", "labels": "metadata",
+    "val_size": "validation_size", "folds": "cross_validate",
     "output": "output_dir", "out": "output_dir", "resume": "resume_from_checkpoint", "wd": "weight_decay",
     "warmup_ratio": "warmup_steps", "augmentation": "augment", "evaluation_strategy": "eval_strategy",
     "random_state": "seed", "logging_dir": "report_to",

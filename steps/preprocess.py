@@ -25,16 +25,20 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, Value
-from transformers import ViTImageProcessor
+from transformers import BaseImageProcessor
+from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import load_image
 
+from .architectures import pixel_shape
 from .console import bars_wanted, log, retry, show_images, stop
 from .files import need_space, read_table, remove, write_json, write_table
-from .load import list_images, summary
-from .workspace import pixel_shape
+from .load import summary
+
+# Their processors do no more than resize, crop at the centre, rescale and normalise.
+PLAIN = [f"{name}ImageProcessor" for name in ("Beit", "Bit", "DeiT", "Siglip", "ViT")]
 
 
-def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, cache: Path) -> Dataset:
+def prepare_pixels(images: Dataset, folder: Path, processor: BaseImageProcessor, cache: Path) -> Dataset:
     """Return `images` with their pixels, from the cache unless files, labels or processor have changed.
 
     New columns: `mode`, str, the file's mode in Pillow; `error`, str, why it could not be read, else empty;
@@ -66,7 +70,7 @@ def prepare_pixels(images: Dataset, folder: Path, processor: ViTImageProcessor, 
     return pixels
 
 
-def cache_key(images: Dataset, folder: Path, processor: ViTImageProcessor) -> str:
+def cache_key(images: Dataset, folder: Path, processor: BaseImageProcessor) -> str:
     """Return 16 hex digits of all that decides the pixels: files, labels, processor, code, versions."""
     stats = [(folder / file).stat() for file in images["file"]]
     sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
@@ -85,7 +89,7 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def decode_files(files: list[str], folder: Path, processor: ViTImageProcessor) -> dict[str, list]:
+def decode_files(files: list[str], folder: Path, processor: BaseImageProcessor) -> dict[str, list]:
     """Return {column: values} of `files`, decoded in threads: decoders release Python's lock."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # per image: the images go to all cores
@@ -97,7 +101,7 @@ def decode_files(files: list[str], folder: Path, processor: ViTImageProcessor) -
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def decode_file(path: Path, processor: ViTImageProcessor) -> dict[str, str | bytes | None]:
+def decode_file(path: Path, processor: BaseImageProcessor) -> dict[str, str | bytes | None]:
     """Return the mode, error and pixels of one file, see `prepare_pixels`.
 
     Raises OSError only where the disk fails: that says nothing about the image, so no cache must keep it.
@@ -127,40 +131,48 @@ def read_rgb(image: PIL.Image.Image, content: io.BytesIO) -> np.ndarray:
     return np.array(load_image(image))
 
 
-def resize(rgb: np.ndarray, processor: ViTImageProcessor) -> torch.Tensor:
+def resize(rgb: np.ndarray, processor: BaseImageProcessor) -> torch.Tensor:
     """Return what `processor` makes of `rgb` before it rescales, uint8 (channels, height, width).
 
-    Plain shrinking is done as the processor's torchvision back end does it, but without torchvision. The
-    Pillow back end takes three times as long and differs by one grey level in two values in a thousand.
+    Plain shrinking, and the crop at the centre, are done as the processor's torchvision back end does them,
+    but without torchvision. The Pillow back end takes three times as long and differs by one grey level in
+    two values in a thousand.
     """
     numbers, modes = processor.to_dict(), {2: "bilinear", 3: "bicubic"}
-    shape = [numbers["size"].get(name) or np.inf for name in ("height", "width")]
+    size = tuple(numbers["size"].get(name) or np.inf for name in ("height", "width"))
+    if numbers["size"].keys() == {"shortest_edge"}:
+        size = get_resize_output_image_size(rgb, *numbers["size"].values(), False, None, "channels_last")
+    crop = size
+    if numbers.get("do_center_crop"):
+        crop = numbers["crop_size"]["height"], numbers["crop_size"]["width"]
     mode = modes.get(numbers.get("resample")) if numbers.get("do_resize") else None
-    if not mode or numbers.get("do_center_crop") or rgb.shape[0] < shape[0] or rgb.shape[1] < shape[1]:
+    shrinks = all(part <= new <= old for part, new, old in zip(crop, size, rgb.shape[:2], strict=True))
+    plain = numbers["image_processor_type"].removesuffix("Fast") in PLAIN
+    if not mode or not shrinks or not plain:
         image, kept = PIL.Image.fromarray(rgb), {"do_rescale": False, "do_normalize": False}
         return processor(image, return_tensors="pt", **kept)["pixel_values"][0]
-    image = torch.from_numpy(rgb).permute(2, 0, 1)[None]
-    return F.interpolate(image, shape, mode=mode, antialias=True)[0]
+    image = F.interpolate(torch.from_numpy(rgb).permute(2, 0, 1)[None], size, mode=mode, antialias=True)[0]
+    top, left = ((new - part) // 2 for part, new in zip(crop, size, strict=True))
+    return image[:, top : top + crop[0], left : left + crop[1]]
 
 
-def keep_readable(images: Dataset, folder: Path, path: Path) -> Dataset:
+def keep_readable(images: Dataset, left_out: dict[str, str], path: Path) -> Dataset:
     """Return the images that could be read; the CSV file `path` (file, reason) names what is left out.
 
-    Raises SystemExit if nothing remains.
+    That is also what step 3 has `left_out`, {file: reason}. Raises SystemExit if nothing remains.
     """
     errors = np.array(images["error"], dtype=object)
-    left_out = {os.path.relpath(file, folder): reason for file, reason in list_images(folder)[1].items()}
     files = images["file"][:]
-    left_out |= {files[row]: errors[row] for row in np.flatnonzero(errors != "")}
+    left_out = left_out | {files[row]: errors[row] for row in np.flatnonzero(errors != "")}
     if left_out:
         names = [name.encode("utf-8", "backslashreplace").decode() for name in left_out]
         table = pd.DataFrame({"file": names, "reason": list(left_out.values())})
         if not path.exists() or not read_table(path, table).equals(table):
             write_table(path, table)
         if (errors != "").all():
-            stop(f"none of the images in {folder} can be read: {summary(left_out.values())}", f"see {path}")
+            stop(f"none of the images can be read: {summary(left_out.values())}", f"see {path}")
         count, total = len(left_out), len(left_out) + int((errors == "").sum())
-        log.warning("%s of %s files left out: %s; see %s", count, total, summary(left_out.values()), path)
+        log.warning("%s of %s left out: %s; see %s", count, total, summary(left_out.values()), path)
     elif path.exists():
         remove(path)
     for mode, count in Counter(images["mode"]).items():

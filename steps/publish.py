@@ -11,8 +11,8 @@ import pandas as pd
 import transformers
 
 from .console import MAIN, log, retry, stop
-from .download import hidden_cause, may_pass
 from .files import read_json, sha256_of, write_json
+from .hubdata import hidden_cause, may_pass
 from .report import write_card
 from .workspace import Workspace
 

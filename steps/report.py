@@ -43,14 +43,16 @@ def command_of(results: dict) -> str:
     return shlex.join(["python", "finetune_vit.py", *words])
 
 
-def make_model_card(results: dict, pictures: list[str]) -> ModelCard:
+def make_model_card(results: dict, pictures: list[str], model_type: str) -> ModelCard:
     """Return the model card, in the Hub's format, with the named `pictures` of `report/`."""
     kvasir = KVASIR if results["data"]["kvasir"] else None
     base = results["settings"]["model_name_or_path"]
     names = {"data": kvasir["name"] if kvasir else results["data"]["name"], "base": Path(base).name}
     on_the_hub = "/" in base and not Path(base).exists()  # `public` has cut a folder to its name
     shown = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
-    where = {"dataset_name": names["data"], "dataset_type": "imagefolder", "dataset_split": "test"}
+    from_the_hub = "revision" in results["data"]
+    kind = results["data"]["name"] if from_the_hub else "imagefolder"
+    where = {"dataset_name": names["data"], "dataset_type": kind, "dataset_split": "test"}
     where |= {"task_type": "image-classification"}
     scores = [
         (kind, name.replace("_", " "), round(results["test"][name]["value"], 4))
@@ -59,8 +61,9 @@ def make_model_card(results: dict, pictures: list[str]) -> ModelCard:
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["vision", "vit"],
+        tags=["vision", model_type],
         metrics=list(shown.values()),
+        datasets=[kind] if from_the_hub else None,
         base_model=base if on_the_hub else None,
         model_name=f"{names['base']} {results['made']} on {names['data']}",
         eval_results=[
@@ -72,6 +75,7 @@ def make_model_card(results: dict, pictures: list[str]) -> ModelCard:
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
         card_data.license_link = kvasir["homepage"]
     more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command_of(results)}
+    more |= {"model_type": model_type}
     return ModelCard.from_template(card_data, str(TEMPLATES / "model_card.md"), **more, **results)
 
 
@@ -94,7 +98,8 @@ def write_report(results: dict, figures: dict[str, Callable[[], Figure]], work: 
 def write_card(results: dict, work: Workspace) -> None:
     """Write report/model_card.md and, unless someone has edited it, README.md; only what has changed."""
     made, shown = work.report / "model_card.md", work.output_dir / "README.md"
-    card = str(make_model_card(results, sorted(path.name for path in work.report.glob("*.png"))))
+    pictures = sorted(path.name for path in work.report.glob("*.png"))
+    card = str(make_model_card(results, pictures, read_json(work.output_dir / "config.json")["model_type"]))
     before = made.read_bytes() if made.exists() else None
     if not shown.exists() or before == shown.read_bytes() != card.encode():
         write_text(shown, card)

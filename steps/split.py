@@ -1,7 +1,6 @@
 """Step 5: train, validation and test, by whole groups and with the same shares of every class."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,10 +9,11 @@ from datasets import Dataset, DatasetDict
 
 from .console import log, show, stop
 from .duplicates import Scenes, count_pairs
-from .files import read_table, remove, write_table
+from .earlier import find_earlier, record_earlier
+from .files import read_table, write_table
 from .load import count_classes
 from .options import Settings
-from .workspace import Workspace, is_trained
+from .workspace import Workspace
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,12 +26,17 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
     path, settings = work.report / "split.csv", work.settings
     sizes = 1 - settings.test_size - settings.validation_size, settings.validation_size, settings.test_size
     shares = {name: size for name, size in zip(SPLITS, sizes, strict=True) if size}
-    split = choose_split(images, scenes.groups, shares, work)
-    check_split(images, split, shares, settings.split_by)
+    files = images["file"][:]
+    if path.exists():
+        table = read_table(path, ["file", "split"]).set_index("file")
+        split = table["split"].reindex(files, fill_value="").to_numpy()
+    else:
+        split = make_split(images, scenes, shares, work)
+    check_split(images, split, shares, split_rule(images, settings.split_by))
     if not path.exists():
         names = np.array(images.features["label"].names)
-        table = {"file": images["file"][:], "label": names[images["label"][:]], "split": split}
-        write_table(path, pd.DataFrame(table | {"group": scenes.groups.to_numpy()})[split != ""])
+        table = {"file": files, "label": names[images["label"][:]], "split": split}
+        write_table(path, pd.DataFrame(table | {"group": scenes.groups.to_numpy()}))
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     if not len(rows["validation"]):
         log.warning("warning: the test images choose the epoch and the temperature, which flatters the score")
@@ -39,37 +44,83 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
     return DatasetDict({name: images.select(rows[name]) for name in SPLITS})
 
 
-def choose_split(images: Dataset, groups: pd.Series, shares: dict[str, float], work: Workspace) -> np.ndarray:
-    """Return the name of each image's split (n,), "" for none: as recorded, as given, or dealt out."""
-    path, settings, files = work.report / "split.csv", work.settings, images["file"][:]
+def split_rule(images: Dataset, split_by: str | None) -> str:
+    """Return what was asked for, else "given" where the data have a split, else "near-duplicates"."""
+    return split_by or ("given" if "split" in images.column_names else "near-duplicates")
+
+
+def make_split(images: Dataset, scenes: Scenes, shares: dict[str, float], work: Workspace) -> np.ndarray:
+    """Return the name of each image's split (n,): as given, as an earlier model had it, or dealt out."""
+    rule, seed = split_rule(images, work.settings.split_by), work.training.seed
     labels, names = np.array(images["label"]), images.features["label"].names
-    total = np.bincount(labels, minlength=len(names))
-    if min(total) < len(shares):
-        remedy = f"each class needs {len(shares)}, one for each split"
-        stop(f"too few readable images of {names[total.argmin()]}", remedy)
-    whole = kept_whole(groups, settings)
+    whole = kept_whole(scenes.groups, work.settings)
     fewest, scarce = min((len(set(whole[labels == label])), name) for label, name in enumerate(names))
-    if fewest < settings.cross_validate:
-        text = f"--cross_validate {settings.cross_validate}, but only {fewest} groups of images of {scarce}"
+    if fewest < work.settings.cross_validate:
+        text = (
+            f"--cross_validate {work.settings.cross_validate}, but only {fewest} groups of images of {scarce}"
+        )
         stop(text, "give fewer folds: each tests every class")
-    given = settings.split_file
-    split = split_by_file(files, path) if path.exists() else None
-    if given:
-        wanted = split_by_file(files, given)
-        if split is not None and (split != wanted).any():
-            if is_trained(work.output_dir):
-                stop(f"{given} has changed since {path} was made from it", "use another --output_dir")
-            remove(path)
-        return wanted
-    if split is not None:
-        return split
-    if fewest < len(shares):
-        remedy = "add other images, or decide yourself with --split_by FILE.csv"
-        stop(f"too few groups of near-duplicates in {scarce}: each class needs {len(shares)}", remedy)
-    return np.array([*shares], dtype=object)[deal(labels, whole, [*shares.values()], work.training.seed)]
+    files, earlier = images["file"][:], find_earlier(work)
+    before = earlier.reindex(files, fill_value="").to_numpy() if earlier is not None else np.array([])
+    if rule == "given":
+        split = complete(np.array(images["split"], dtype=object), labels, whole, work)
+    elif (before != "").any():
+        split = extend(before, labels, whole, work)
+    else:
+        total = np.bincount(labels, minlength=len(names))
+        if min(total) < len(shares):
+            remedy = f"each class needs {len(shares)}, one for each split"
+            stop(f"too few readable images of {names[total.argmin()]}", remedy)
+        if fewest < len(shares):
+            remedy = "add other images, or decide yourself: --metadata FILE.csv with columns file, split"
+            stop(f"too few groups of images in {scarce}: each class needs {len(shares)}", remedy)
+        split = np.array([*shares], dtype=object)[deal(labels, whole, [*shares.values()], seed)]
+    record_earlier(earlier, pd.Series(split, files), work)
+    return split
 
 
-def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float], split_by: str) -> None:
+def complete(split: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Workspace) -> np.ndarray:
+    """Return a given split with what it lacks: the validation images are the test, a part of train validates.
+
+    The arrays are (n,). Raises SystemExit without training images.
+    """
+    if "train" not in split:
+        stop("the given split has no training images", "name some, or give --split_by near-duplicates")
+    if "test" not in split:
+        log.warning("the given split has no test images: its validation images are the test")
+        split[split == "validation"] = "test"
+    share, train = work.settings.validation_size, np.flatnonzero(split == "train")
+    if "validation" not in split and share:
+        log.info(
+            "the given split has no validation images: %.0f%% of the training images, in whole groups",
+            100 * share,
+        )
+        part = deal(labels[train], groups[train], [1 - share, share], work.training.seed)
+        split[train[part == 1]] = "validation"
+    return split
+
+
+def extend(earlier: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Workspace) -> np.ndarray:
+    """Return the split of an earlier model with its new images, where `earlier` is "", dealt out (n,).
+
+    A new image that shares a group with earlier ones goes to their side, if they have several to training:
+    the model may have learned it.
+    """
+    split, settings = earlier.copy(), work.settings
+    for name in ("test", "validation", "train"):
+        split[(earlier == "") & np.isin(groups, groups[earlier == name])] = name
+    new = np.flatnonzero(split == "")
+    if len(new):
+        sizes = [
+            1 - settings.test_size - settings.validation_size,
+            settings.validation_size,
+            settings.test_size,
+        ]
+        split[new] = np.array(SPLITS, dtype=object)[deal(labels[new], groups[new], sizes, work.training.seed)]
+    return split
+
+
+def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float], rule: str) -> None:
     """Raise SystemExit where a class cannot be learned or nothing is tested; warn where shares are off."""
     labels, names = np.array(images["label"]), images.features["label"].names
     total = np.bincount(labels, minlength=len(names))
@@ -77,11 +128,11 @@ def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float], sp
         counts = np.bincount(labels[split == name], minlength=len(names))
         absent = ", ".join(np.array(names)[counts == 0])
         if absent and (name == "train" or not counts.any()):
-            stop(f"no {name} images of {absent}", "change the split's sizes or CSV file")
+            stop(f"no {name} images of {absent}", "change the split's sizes or its table")
         if absent:
             log.warning("warning: no %s images of %s: no %s score counts them", name, absent, name)
         far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)
-        if far.any() and split_by == "near-duplicates":
+        if far.any() and rule == "near-duplicates":
             held = ", ".join(f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far))
             log.warning("warning: groups are too large for %.0f%% in %s: %s", 100 * size, name, held)
 
@@ -109,21 +160,6 @@ def deal(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: 
     return part[groups]
 
 
-def split_by_file(files: list[str], path: Path) -> np.ndarray:
-    """Return the split of each file (n,) in the CSV file `path`, "" if it has none. Raises SystemExit."""
-    table = read_table(path, ["file", "split"], "give a CSV file with columns file, split")
-    chosen = dict(zip(table["file"], table["split"], strict=True))
-    if len(chosen) != len(table):
-        stop(f"{path} names {len(table) - len(chosen)} files twice", "give each file one line")
-    if wrong := sorted(set(chosen.values()) - set(SPLITS)):
-        stop(f"{path} has unknown splits {wrong}", f"use {', '.join(SPLITS)}")
-    if unknown := sorted(chosen.keys() - set(files)):
-        stop(f"{path} names {len(unknown)} absent or unreadable files: {unknown[0]} …", "take them out")
-    if len(chosen) < len(files):
-        log.warning("left out: %s images that %s does not name", len(files) - len(chosen), path)
-    return np.array([chosen.get(file, "") for file in files], dtype=object)
-
-
 def cut_folds(splits: DatasetDict, groups: pd.Series, work: Workspace) -> list[DatasetDict]:
     """Return a division of all images per fold: fold k tests, fold k + 1 validates, the others train."""
     images = datasets.concatenate_datasets([splits[name] for name in SPLITS])
@@ -144,6 +180,11 @@ def show_splits(splits: DatasetDict, scenes: Scenes) -> None:
     table = pd.DataFrame({name: count_classes(part) for name, part in splits.items()})
     show(pd.concat([table, table.sum().to_frame("total").T]))
     counts = count_pairs(scenes, splits)
+    if "patients" in counts:
+        log.info("%(patients)s patients and %(scenes)s scenes, joined where they touch:", counts)
+    if counts.get("patients_across_test"):
+        text = "warning: the score will be optimistic: %s patients are in the test and outside of it"
+        log.warning(text, counts["patients_across_test"])
     text = "%(groups)s groups; %(near_duplicate_pairs)s near-identical pairs, %(pairs_across_splits)s of them"
     log.info(text + " on two sides, %(conflicting_label_pairs)s with different labels", counts)
     if counts["pairs_across_test"]:

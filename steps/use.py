@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import TrainingArguments, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers import PreTrainedModel, TrainingArguments
 
+from .architectures import check_checkpoint, pixel_shape
 from .archives import is_archive, unpack
 from .console import MAIN, first_line, log, progress, show, stop
 from .files import atomic, read_json
@@ -25,7 +27,7 @@ from .model import normalise_on_device
 from .options import VIT_BASE, Settings
 from .preprocess import Collator, decode_file
 from .report import make_space
-from .workspace import DRIVE, check_vit, keep_on_drive, pixel_shape
+from .workspace import DRIVE, keep_on_drive
 
 
 def use_model(settings: Settings, training: TrainingArguments) -> None:
@@ -54,7 +56,7 @@ def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[s
         stop(f"{output_dir} holds no finished model", remedy)
     log.info("reading the checkpoint %s", name)
     try:
-        id2label = check_vit(name)
+        id2label = check_checkpoint(name).id2label
     except Exception as problem:  # of any kind, for whatever is damaged in there
         stop(f"cannot use {name}: {first_line(problem)}", "check the name and the network")
     if all(re.fullmatch(r"LABEL_\d+", label) for label in id2label.values()):
@@ -62,10 +64,10 @@ def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[s
     return name, [id2label[label] for label in range(len(id2label))]
 
 
-def load_classifier(name: str) -> tuple[ViTForImageClassification, ViTImageProcessor]:
+def load_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Return a finished model, float32 and ready for uint8 pixels, and its processor."""
-    processor = ViTImageProcessor.from_pretrained(name)
-    model = ViTForImageClassification.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    processor = AutoImageProcessor.from_pretrained(name)
+    model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     normalise_on_device(model, processor)
     return model.eval(), processor
 
@@ -91,7 +93,7 @@ def find_inputs(paths: list[str]) -> Iterator[dict[str, Path]]:
         yield found
 
 
-def decode_ahead(files: list[Path], processor: ViTImageProcessor, size: int) -> Iterator[list[dict]]:
+def decode_ahead(files: list[Path], processor: BaseImageProcessor, size: int) -> Iterator[list[dict]]:
     """Yield what `decode_file` makes of `files`, `size` at a time, while all cores work on the next ones."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = deque()
@@ -105,7 +107,7 @@ def decode_ahead(files: list[Path], processor: ViTImageProcessor, size: int) -> 
 
 
 def classify(
-    inputs: dict[str, Path], model: ViTForImageClassification, processor: ViTImageProcessor,
+    inputs: dict[str, Path], model: PreTrainedModel, processor: BaseImageProcessor,
     training: TrainingArguments,
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Yield tables of file, prediction, a probability per class, and error: why a file cannot be read."""
@@ -120,7 +122,7 @@ def classify(
         table = table.assign(**dict.fromkeys(classes, np.nan), error=errors)
         if len(readable := np.flatnonzero(errors == "")):
             pixels = collate([rows[row] | {"label": 0} for row in readable])["pixel_values"]
-            with torch.inference_mode(), autocast:
+            with torch.no_grad(), autocast:
                 logits = model(pixel_values=pixels.to(training.device)).logits
             probabilities = logits.double().softmax(-1).cpu().numpy()
             table.loc[readable, classes] = probabilities

@@ -1,23 +1,20 @@
 """Step 1: the folders of a run, its record, and the checkpoint that it starts from."""
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
 import filelock
-import PIL.Image
-import safetensors
-import transformers
-from transformers import AutoConfig, TrainerState, TrainingArguments, ViTImageProcessor
-from transformers.utils import cached_file
+from transformers import TrainerState, TrainingArguments
 
+from .architectures import NO_CHECKPOINTING, check_checkpoint
 from .console import MAIN, NOTEBOOK, first_line, log, stop
 from .files import read_json, remove, write_json
 from .options import Settings
@@ -77,6 +74,9 @@ def open_workspace(settings: Settings, training: TrainingArguments) -> Workspace
     if changed := changes(before, now):
         if is_trained(output_dir):
             remedy = f"use those, or another --output_dir, or delete {output_dir}"
+            more = training.num_train_epochs - before["training"]["num_train_epochs"]
+            if len(changed) == 1 and more > 0 and (output_dir / "model.safetensors").exists():
+                remedy = f"train its model on, with its split: {command_to_go_on(work, more)}"
             stop(f"{output_dir} was made with other settings: {', '.join(changed)}", remedy)
         forget_split(work)
         before = {}
@@ -90,6 +90,14 @@ def open_workspace(settings: Settings, training: TrainingArguments) -> Workspace
     except OSError as problem:
         stop(f"cannot write into {output_dir}: {problem}", "choose another --output_dir")
     return work
+
+
+def command_to_go_on(work: Workspace, epochs: float) -> str:
+    """Return the command that trains the finished model for more epochs, in a new folder."""
+    more = {"num_train_epochs": f"{epochs:g}", "model_name_or_path": str(work.output_dir)}
+    more["output_dir"] = f"{work.output_dir}-more"
+    flags = [word for name, value in more.items() for word in (f"--{name}", value)]  # the last ones count
+    return shlex.join(["python", "finetune_vit.py", *work.settings.arguments, *flags])
 
 
 def keep_on_drive(settings: Settings, training: TrainingArguments, drive: Path) -> Path:
@@ -170,7 +178,7 @@ def choose_checkpoint(work: Workspace) -> str:
     name = str(work.output_dir) if finished else work.settings.model_name_or_path
     log.info("found the finished model in %s" if finished else "reading the checkpoint %s", name)
     try:
-        check_vit(name)
+        kind = check_checkpoint(name).model_type
         if finished:
             TrainerState.load_from_json(str(work.output_dir / "trainer_state.json"))
     except Exception as problem:  # of any kind, for whatever is damaged in there
@@ -178,35 +186,6 @@ def choose_checkpoint(work: Workspace) -> str:
         if finished:
             remedy = "delete its model.safetensors to make it again from the last checkpoint"
         stop(f"cannot use {name}: {first_line(problem)}", remedy)
+    if work.training.gradient_checkpointing and kind in NO_CHECKPOINTING:
+        stop(f"--gradient_checkpointing is not for a {kind}", "leave it out")
     return name
-
-
-def check_vit(name: str) -> dict[int, str]:
-    """Fetch a checkpoint, try its processor, return its id2label. Raises whatever is wrong with it."""
-    transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
-    transformers.logging.disable_progress_bar()  # for reading weights: many lines
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    processor = ViTImageProcessor.from_pretrained(name)
-    if config.model_type != "vit":
-        raise ValueError(f"it is a {config.model_type}, not a ViT")
-    shape, size = pixel_shape(processor), config.image_size
-    if shape != (config.num_channels, size, size):
-        raise ValueError(f"it prepares {shape} pixels for a {size}-pixel ViT")
-    open_weights(name)
-    return config.id2label
-
-
-def open_weights(name: str) -> None:
-    """Fetch the weights and read their table of contents. Raises OSError, ValueError, SafetensorError."""
-    # no public option tells a file that is not there from a network that is not there
-    find = functools.partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
-    if weights := find("model.safetensors"):
-        with safetensors.safe_open(weights, "pt"):
-            return
-    if not find("model.safetensors.index.json"):
-        raise ValueError("it has no model.safetensors; other formats are pickles, and a pickle can run code")
-
-
-def pixel_shape(processor: ViTImageProcessor) -> tuple[int, int, int]:
-    """Return (channels, height, width) of what the processor makes of an image, by trying it."""
-    return tuple(processor(PIL.Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[1:])

@@ -26,18 +26,20 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from story import RECIPES, REPOSITORY, ROOT, build_trainer, make_work, read_settings, story  # noqa: F401
 
+from steps.architectures import pixel_shape
 from steps.download import fetch_images
 from steps.duplicates import Scenes
 from steps.load import load_folder
+from steps.options import Settings
 from steps.preprocess import keep_readable, prepare_pixels
 from steps.split import split_images
-from steps.workspace import Workspace, choose_checkpoint, pixel_shape
+from steps.workspace import Workspace, choose_checkpoint
 
 
-def load_images(folder):
-    """The table of the class folders in `folder`, as step 3 makes it."""
+def load_images(folder, settings=None):
+    """The table of the images in `folder`, as step 3 makes it."""
     with tempfile.TemporaryDirectory() as cache:
-        images = load_folder(Path(folder), Path(cache))
+        images, _ = load_folder(Path(folder), settings or Settings(), Path(cache))
         return images.from_dict(images.to_dict(), features=images.features)  # nothing is left in the cache
 
 
@@ -141,7 +143,7 @@ def start_in(tmp_path_factory, tiny_vit):
     root = tmp_path_factory.mktemp("prepared")
     folder, processor = draw_images(root / "images", 20), ViTImageProcessor.from_pretrained(tiny_vit)
     images = prepare_pixels(load_images(folder), folder, processor, root / "cache")
-    images = keep_readable(images, folder, root / "left_out.csv")
+    images = keep_readable(images, {}, root / "left_out.csv")
     pairs = pd.DataFrame(columns=["file_a", "file_b", "distance", "label_a", "label_b"])
     scenes = Scenes(pairs, pd.Series(range(len(images)), images["file"][:]))
 

@@ -21,6 +21,7 @@ class Repo:
     """`branches`: name to commit; `commits`: oid to {path: content}."""
 
     private: bool = False
+    gated: bool = False  # to everyone
     branches: dict = field(default_factory=dict)
     commits: dict = field(default_factory=dict)
     history: list = field(default_factory=list)  # (branch, oid, message, the paths that it changed)
@@ -90,8 +91,13 @@ def file_info(path, content):
     return info
 
 
+def folder_info(path):
+    return {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the body waits 40 ms until the client has thanked for the headers
 
     def log_message(self, *_):
         pass
@@ -134,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.role = {WRITER: "write", READER: "read"}.get(token)
+        if token and not self.role:
+            return self.refuse(401, "Invalid credentials in Authorization header")
         for pattern, action in ROUTES:
             if found := re.fullmatch(pattern, path):
                 return action(self, *found.groups())
@@ -153,9 +161,12 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, kind, name):
         """Return a repository; answer if there is none, or none that this token may see."""
         repo = self.hub.repos.get((kind, name))
-        if repo and (self.role or not repo.private):
+        if repo and repo.gated:
+            self.refuse(403 if self.role else 401, f"Access to dataset {name} is restricted.", "GatedRepo")
+        elif repo and (self.role or not repo.private):
             return repo
-        self.refuse(404 if self.role else 401, "Repository not found", "RepoNotFound")
+        else:
+            self.refuse(404 if self.role else 401, "Repository not found", "RepoNotFound")
 
     def whoami(self):
         if not self.role:
@@ -188,15 +199,33 @@ class Handler(BaseHTTPRequestHandler):
             oid, files = repo.find(revision or "main")
             if files is None:
                 return self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-            siblings = [{"rfilename": path} for path in files]
+            siblings = [{"rfilename": path, "size": len(files[path])} for path in files]
             self.reply(
                 200, {"id": name, "sha": oid, "private": repo.private, "siblings": siblings, "tags": []}
             )
 
-    def tree(self, kind, name, revision):
+    def auth_check(self, kind, name):
+        if self.repo(kind, name):
+            self.reply(200)
+
+    def tree(self, kind, name, revision, folder=""):
         if repo := self.repo(kind, name):
             files = repo.find(revision)[1]
-            self.reply(200, [file_info(*pair) for pair in files.items()])
+            if files is None:
+                return self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            prefix = f"{folder}/" if folder else ""
+            inside = [path for path in files if path.startswith(prefix)]
+            if folder and not inside:
+                return self.refuse(404, f"{folder} does not exist", "EntryNotFound")
+            depth = prefix.count("/") + 1
+            folders = {
+                "/".join(path.split("/")[:end])
+                for path in inside
+                for end in range(depth, path.count("/") + 1)
+            }
+            rows = [file_info(path, files[path]) for path in inside] + list(map(folder_info, sorted(folders)))
+            deep = self.query.get("recursive", ["false"])[0].lower() == "true"
+            self.reply(200, [row for row in rows if deep or "/" not in row["path"][len(prefix) :]])
 
     def paths_info(self, kind, name, revision):
         if repo := self.repo(kind, name):
@@ -204,7 +233,9 @@ class Handler(BaseHTTPRequestHandler):
             if files is None:
                 return self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             asked = parse_qs(self.body.decode())["paths"]
-            self.reply(200, [file_info(path, files[path]) for path in asked if path in files])
+            rows = [file_info(path, files[path]) for path in asked if path in files]
+            folders = [path for path in asked if any(file.startswith(f"{path}/") for file in files)]
+            self.reply(200, rows + list(map(folder_info, folders)))
 
     def preupload(self, kind, name, revision):
         if self.may(name) and (repo := self.repo(kind, name)):
@@ -271,12 +302,12 @@ class Handler(BaseHTTPRequestHandler):
             "ETag": f'"{info.get("lfs", info)["oid"]}"',
             "Accept_Ranges": "bytes",
         }
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
+        part = content[start : int(wanted[2]) + 1 if wanted and wanted[2] else None]
         if wanted:
-            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        headers["Content_Length"] = len(content) - start
-        self.reply(206 if wanted else 200, content[start:], **{k: v for k, v in headers.items()})
+            headers["Content_Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        self.reply(206 if wanted else 200, part, **headers)
 
     def accept(self):
         self.reply(200, {"errors": [], "warnings": []})
@@ -287,20 +318,22 @@ def of(action):
     return lambda self, kind, *rest: action(self, (kind or "models").strip("/")[:-1], *rest)
 
 
-NAME = "([^/]+/[^/]+?)"
+KINDS, NAME = "(models|spaces|datasets)", "([^/]+/[^/]+?)"
 ROUTES = [
     ("/api/whoami-v2", Handler.whoami),
     ("/api/repos/create", Handler.create_repo),
     ("/api/validate-yaml", Handler.accept),
-    (f"/api/(models|spaces)/{NAME}/branch/(.+)", of(Handler.create_branch)),
-    (f"/api/(models|spaces)/{NAME}/preupload/([^/]+)", of(Handler.preupload)),
-    (f"/api/(models|spaces)/{NAME}/commit/([^/]+)", of(Handler.commit)),
-    (f"/api/(models|spaces)/{NAME}/tree/([^/]+)", of(Handler.tree)),
-    (f"/api/(models|spaces)/{NAME}/paths-info/([^/]+)", of(Handler.paths_info)),
-    (f"/api/(models|spaces)/{NAME}/revision/([^/]+)", of(Handler.info)),
-    (f"/api/(models|spaces)/{NAME}", of(Handler.info)),
+    (f"/api/{KINDS}/{NAME}/branch/(.+)", of(Handler.create_branch)),
+    (f"/api/{KINDS}/{NAME}/preupload/([^/]+)", of(Handler.preupload)),
+    (f"/api/{KINDS}/{NAME}/commit/([^/]+)", of(Handler.commit)),
+    (f"/api/{KINDS}/{NAME}/auth-check", of(Handler.auth_check)),
+    (f"/api/{KINDS}/{NAME}/tree/([^/]+)", of(Handler.tree)),
+    (f"/api/{KINDS}/{NAME}/tree/([^/]+)/(.+)", of(Handler.tree)),
+    (f"/api/{KINDS}/{NAME}/paths-info/([^/]+)", of(Handler.paths_info)),
+    (f"/api/{KINDS}/{NAME}/revision/([^/]+)", of(Handler.info)),
+    (f"/api/{KINDS}/{NAME}", of(Handler.info)),
     (f"/(spaces/)?{NAME}\\.git/info/lfs/objects/batch", of(Handler.lfs_batch)),
     ("/lfs/([0-9a-f]{64})", Handler.lfs_put),
     ("/verify/(.+)", Handler.lfs_verify),
-    (f"/(spaces/)?{NAME}/resolve/([^/]+)/(.+)", of(Handler.resolve)),
+    (f"/(spaces/|datasets/)?{NAME}/resolve/([^/]+)/(.+)", of(Handler.resolve)),
 ]

@@ -191,27 +191,21 @@ def summarised(measured, settings, training, log_history):
 def test_metrics_json_holds_no_path_of_this_machine(tmp_path, measured):
     private = tmp_path / "ward 7" / "patients.csv"
     settings = {
-        "split_by": str(private), "data_dir": str(private.parent), "data_root": "~/data",
+        "split_by": None, "metadata": str(private), "data_dir": str(private.parent), "data_root": "~/data",
         "external_dir": "../elsewhere", "predict": None, "test_size": 0.2, "class_weights": True,
-        "arguments": ["--split_by", str(private), f"--data_dir={private.parent}", "--seed", "1"],
+        "arguments": ["--metadata", str(private), f"--data_dir={private.parent}", "--seed", "1"],
     }  # fmt: skip
     training = {"output_dir": str(tmp_path / "model"), "seed": 1, "run_name": "mine", "report_to": ["none"]}
     text = summarised(measured, settings, training, [{}])
     results = json.loads(text)
-    assert results["split"]["by"] == "patients.csv"  # its name alone
+    assert results["split"]["by"] == "near-duplicates"  # the rule where none was asked for
     expected = settings | training | {
-        "split_by": "patients.csv", "data_dir": "ward 7", "data_root": "data", "external_dir": "elsewhere",
+        "metadata": "patients.csv", "data_dir": "ward 7", "data_root": "data", "external_dir": "elsewhere",
         "output_dir": "model",
-        "arguments": ["--split_by", "patients.csv", "--data_dir=ward 7", "--seed", "1"],
+        "arguments": ["--metadata", "patients.csv", "--data_dir=ward 7", "--seed", "1"],
     }  # fmt: skip
     assert results["settings"] == expected
     assert str(tmp_path) not in text and str(Path.home()) not in text and ".." not in text and "~" not in text
-
-
-@pytest.mark.parametrize("split_by", ["near-duplicates", "random", "my.csv", "splits/my.csv"])
-def test_what_the_split_was_made_by_stays_as_it_was_given(measured, split_by):
-    results = json.loads(summarised(measured, {"split_by": split_by}, {}, [{}]))
-    assert results["split"]["by"] == results["settings"]["split_by"] == split_by
 
 
 def test_metrics_json_says_how_the_model_was_made_and_names_the_chosen_epoch(measured):

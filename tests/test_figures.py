@@ -34,6 +34,12 @@ HISTORY = [
 ]
 
 
+def trainer_of(checkpoint):
+    """What the galleries need of a Trainer."""
+    model, processor = load_classifier(str(checkpoint))
+    return SimpleNamespace(model=model, processing_class=processor)
+
+
 def boxes(figure):
     """Bounding boxes, in pixels, of all texts of a figure, with what they say."""
     figure.draw_without_rendering()
@@ -126,7 +132,7 @@ def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classe
 def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
     names = long_names(classes)
     table, (images, pixels) = predict_by_chance(names)[:12], draw_pixels(names)
-    figure = draw_examples(table, names, images, load_classifier(str(tiny_vit))[0])
+    figure = draw_examples(table, names, images, trainer_of(tiny_vit))
     for row, axes in enumerate(figure.axes[: len(table)]):
         shown = axes.images[0].get_array()
         assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
@@ -141,7 +147,7 @@ def test_conflicts_stand_side_by_side(tiny_vit):
     images, pixels = draw_pixels(["polyps", "esophagitis"])
     pairs = {"file_a": ["x/3.jpg", "x/9.jpg"], "file_b": ["x/7.jpg", "x/1.jpg"], "distance": [0.0012, 0.03],
              "label_a": ["polyps", "b"], "label_b": ["esophagitis", "a"]}  # fmt: skip
-    figure = draw_conflicts(pd.DataFrame(pairs), images, load_classifier(str(tiny_vit))[0])
+    figure = draw_conflicts(pd.DataFrame(pairs), images, trainer_of(tiny_vit))
     first = figure.axes[0].images[0].get_array()
     assert (first[:, :32] == pixels[3].transpose(1, 2, 0)).all()
     assert (first[:, 36:] == pixels[7].transpose(1, 2, 0)).all()
@@ -181,7 +187,7 @@ def test_charts_are_published_and_galleries_never(tiny_vit):
     """The galleries show images: the most certain mistakes first, and a right answer per class."""
     names = long_names(3)
     table, (images, _) = predict_by_chance(names), draw_pixels(names)
-    trainer = SimpleNamespace(model=load_classifier(str(tiny_vit))[0])
+    trainer = trainer_of(tiny_vit)
     pairs = {"file_a": ["x/1.jpg", "x/3.jpg"], "file_b": ["x/2.jpg", "x/4.jpg"], "distance": [0.01, 0.02],
              "label_a": ["a", "b"], "label_b": ["a", "c"]}  # fmt: skip
     scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), table["file"]))

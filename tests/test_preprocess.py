@@ -23,9 +23,11 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from steps import preprocess
+from steps.architectures import pixel_shape
+from steps.load import find_images
 from steps.model import normalise_on_device
+from steps.options import Settings
 from steps.preprocess import Collator, decode_files, keep_readable, prepare_pixels, read_rgb, resize
-from steps.workspace import pixel_shape
 
 PROCESSORS = {  # those of the two checkpoints that we develop with
     "bilinear, 0.5": {"resample": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
@@ -66,7 +68,8 @@ def kept(tmp_path, processor):
     """Return a function that prepares the images of a folder, and returns those that can be read."""
 
     def keep(folder, cache=tmp_path / "cache"):
-        return keep_readable(prepare(folder, processor, cache), folder, tmp_path / "report" / "left_out.csv")
+        found = find_images(folder, Settings())[1]
+        return keep_readable(prepare(folder, processor, cache), found, tmp_path / "report" / "left_out.csv")
 
     return keep
 
@@ -165,7 +168,7 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, kept, ca
         pixels = kept(folder)
     assert len(pixels) == 15 and not set(pixels["file"]) & {f"red/{name}" for name in bad}
     assert left_out(tmp_path).keys() == {f"red/{name}" for name in bad} and all(left_out(tmp_path).values())
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("4 of 19 files left out: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("4 of 19 left out: ")
     assert caplog.messages[0].endswith(f"; see {tmp_path}/report/left_out.csv")
     assert None not in pixels["pixel_values"][:]
 
@@ -256,11 +259,11 @@ def test_what_would_be_read_wrong_is_left_out_by_name(tmp_path, make_images, kep
     write(folder / "red" / name)
     pixels = kept(folder)
     assert len(pixels) == 9
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 files left out: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 left out: ")
     assert left_out(tmp_path).keys() == {f"red/{name}"} and reason in left_out(tmp_path)[f"red/{name}"]
 
 
-SAYS = r"^{} of {} files left out: {}; see .*/report/left_out\.csv$"
+SAYS = r"^{} of {} left out: {}; see .*/report/left_out\.csv$"
 DEEP = "more than 8 bits per channel: convert them, `pipeline` would cut them off at 255"
 
 
@@ -291,7 +294,7 @@ def test_if_nothing_is_left_that_is_one_error_line(tmp_path, make_images, kept, 
     for path in [*folder.glob("*/*.jpg")]:
         write(path.with_suffix(".png"))
         path.unlink()
-    line = f"error: none of the images in {folder} can be read: {DEEP}; "
+    line = f"error: none of the images can be read: {DEEP}; "
     line += f"see {tmp_path}/report/left_out.csv"
     with pytest.raises(SystemExit, match=f"^{re.escape(line)}$"):
         kept(folder)
@@ -398,7 +401,7 @@ def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, 
     else:
         shutil.copy(folder / "red" / "000.jpg", path)
     assert len(kept(folder)) == 9
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 files left out: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 left out: ")
     no_file = name in (b"gone.jpg", b"pipe.jpg")
     reason = "dead links or not files" if no_file else "with a name that `datasets`"
     ((file, text),) = left_out(tmp_path).items()

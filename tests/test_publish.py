@@ -286,7 +286,7 @@ def test_nothing_that_is_published_says_where_it_was_on_this_machine(server, tmp
     written = {"model_name_or_path": up / "small-vit", "data_root": start / "secret-cache" / "data"}
     (up / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in written.items()))
     flags = [
-        "--config", "../secret-up/run.yaml", "--data_dir=~/secret-home/photos", "--split_by", up / "cut.csv",
+        "--config", "../secret-up/run.yaml", "--data_dir=~/secret-home/photos", "--metadata", up / "cut.csv",
         "--output_dir", "../secret-out/here/../my-model", "--num_train_epochs", 1, "--push_to_hub",
         "--hub_model_id", "me/model", "--hub_token", WRITER, "--hub_space_id", "me/page",
     ]  # fmt: skip
@@ -303,14 +303,18 @@ def test_nothing_that_is_published_says_where_it_was_on_this_machine(server, tmp
     card = published["README.md"].decode()
     command = shlex.split(re.search("```bash\n(.+?)\n```", card)[1])
     assert command == [
-        "python", "finetune_vit.py", "--config", "run.yaml", "--data_dir=photos", "--split_by", "cut.csv",
+        "python", "finetune_vit.py", "--config", "run.yaml", "--data_dir=photos", "--metadata", "cut.csv",
         "--output_dir", "my-model", "--num_train_epochs", "1", "--push_to_hub", "--hub_model_id", "me/model",
         "--hub_space_id", "me/page", "--external_dir=clinic",
     ]  # fmt: skip
-    assert "# small-vit fine-tuned on photos" in card and "(`cut.csv`)" in card and "| `clinic` (" in card
+    assert (
+        "# small-vit fine-tuned on photos" in card
+        and "Given with the images" in card
+        and "| `clinic` (" in card
+    )
     assert "base_model" not in card and not re.search("endoscop|burn|inset", card.lower())
     assert "| lower left corner | " in card and "epoch 1 of 1" in card
     metrics = json.loads(published["report/metrics.json"])
-    assert metrics["split"]["by"] == metrics["settings"]["split_by"] == "cut.csv"
+    assert metrics["split"]["by"] == "given" and metrics["settings"]["metadata"] == "cut.csv"
     assert metrics["data"]["name"] == metrics["settings"]["data_dir"] == "photos"
     assert metrics["external"]["folder"] == "clinic" and metrics["settings"]["output_dir"] == "my-model"

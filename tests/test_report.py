@@ -6,7 +6,6 @@ import runpy
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,13 +13,12 @@ import transformers
 from conftest import draw_pixels, make_work, predict_by_chance, read_settings
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_figures import HISTORY
+from test_figures import HISTORY, trainer_of
 
 from steps.duplicates import Scenes
 from steps.figures import charts, galleries
 from steps.options import METRICS
 from steps.report import command_of, make_space, public, write_report
-from steps.use import load_classifier
 
 NAMES = ["dyed-lifted-polyps", "esophagitis", "polyps"]
 
@@ -33,6 +31,7 @@ def results(tmp_path):
     part = dict.fromkeys([*METRICS, "ece"], score) | {
         "accuracy": {"value": 0.9123, "low": 0.88, "high": 0.94}
     }
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     settings, training = read_settings(["--output_dir", tmp_path, "--learning_rate", "3e-5"])
     split = {"by": "near-duplicates", "train": 140, "validation": 30, "test": 30, "groups": 150}
     split |= {
@@ -59,7 +58,7 @@ def results(tmp_path):
 @pytest.fixture
 def report(tmp_path, tiny_vit, results):
     """Return a function that writes the report into tmp_path and returns the card."""
-    trainer = SimpleNamespace(model=load_classifier(str(tiny_vit))[0])
+    trainer = trainer_of(tiny_vit)
     conflict = {
         "file_a": ["x/1.jpg"],
         "file_b": ["x/2.jpg"],
@@ -126,6 +125,17 @@ def test_model_that_came_from_a_folder_is_no_name_on_the_hub(card_of, results):
     assert "see Calibration\n```\n\n## Intended use" in card.text
 
 
+def test_card_names_the_type_of_the_model(tmp_path, card_of, report):
+    assert report().data.tags == ["vision", "vit"]
+    card = (tmp_path / "README.md").read_text()
+    assert "\nA Vision Transformer that assigns" in card and "attention rollout" in card
+    (tmp_path / "report" / "attention.png").unlink()  # other types have none
+    (tmp_path / "config.json").write_text('{"model_type": "swin"}')
+    card = card_of()
+    assert card.data.tags == ["vision", "swin"] and "\nA model of type swin that assigns" in card.text
+    assert "confident mistakes. They show" in card.text
+
+
 def test_command_of_a_run_gives_its_settings_again(tmp_path):
     flags = [
         "--data_dir", str(tmp_path), "--split_by", "random", "--report_to", "none", "--learning_rate", "1e-4",
@@ -182,9 +192,9 @@ def test_command_has_what_was_measured_later_once(tmp_path, monkeypatch, given, 
         ("~me/private/split.csv", "split.csv"),
         ("../private/split.csv", "split.csv"),
         ("data/../../private/split.csv", "split.csv"),
-        ("--split_by=/home/me/private/split.csv", "--split_by=split.csv"),
-        ("--split_by=~/private/split.csv", "--split_by=split.csv"),
-        ("--split_by=../private/split.csv", "--split_by=split.csv"),
+        ("--metadata=/home/me/private/split.csv", "--metadata=split.csv"),
+        ("--metadata=~/private/split.csv", "--metadata=split.csv"),
+        ("--metadata=../private/split.csv", "--metadata=split.csv"),
         (["--config", "../private/my run.yaml", "--seed", "1"], ["--config", "my run.yaml", "--seed", "1"]),
         ("near-duplicates", "near-duplicates"),
         ("data/split.csv", "data/split.csv"),  # below the folder of the script
@@ -204,21 +214,20 @@ def test_of_a_path_elsewhere_only_the_last_name_is_published(value, shown):
 @pytest.mark.parametrize("folder", ["/abs-secret", "~/home-secret", "../up-secret", "here/../../dots-secret"])
 def test_card_holds_no_path_of_this_machine(tmp_path, card_of, results, folder):
     """Of all settings that can be a path, in the settings and in the arguments."""
-    names = "data_dir data_root external_dir model_name_or_path output_dir run_name split_by".split()
+    names = "data_dir data_root external_dir model_name_or_path output_dir run_name metadata".split()
     values = {name: f"{folder}/hidden/last-{name}" for name in names}
     flags = [word for name, value in values.items() for word in (f"--{name}", value)]
     flags += [f"--{name}={value}" for name, value in values.items()]
     flags += ["--config", f"{folder}/hidden/last.yaml", f"--config={folder}/hidden/last.yaml"]
     given = results["settings"] | values | {"arguments": flags}
     given = {name: public(value) for name, value in given.items()}  # as `summarise` does
-    split = results["split"] | {"by": public(values["split_by"])}
-    card = str(card_of(results | {"settings": given, "split": split}))
+    card = str(card_of(results | {"settings": given}))
     written = card + (tmp_path / "report" / "metrics.json").read_text()
     assert not re.search(r"secret|hidden|~/|\.\./", written) and str(tmp_path) not in written
     for name in names:
         assert f"--{name} last-{name} " in card and f"--{name}=last-{name} " in card
-    assert "--config last.yaml --config=last.yaml\n" in card and "(`last-split_by`)" in card
-    assert "Fine-tuned from `last-model_name_or_path`" in card and "| split_by | last-split_by |" in card
+    assert "--config last.yaml --config=last.yaml\n" in card
+    assert "Fine-tuned from `last-model_name_or_path`" in card and "| split_by | near-duplicates |" in card
 
 
 def test_card_speaks_of_overlays_only_where_there_are_some(card_of, results):

@@ -71,8 +71,8 @@ def long_cells(source, code=45, prose=10):
 def missing_calls(source):
     """Say what a reader would look for in the story and not find."""
     calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    wanted = """load_dataset ViTImageProcessor.from_pretrained ViTForImageClassification.from_pretrained
-    Trainer trainer.train pipeline"""
+    wanted = """load_dataset AutoImageProcessor.from_pretrained
+    AutoModelForImageClassification.from_pretrained Trainer trainer.train pipeline"""
     return [name for name in wanted.split() if name not in calls]
 
 

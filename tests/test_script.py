@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -37,7 +38,7 @@ def test_sample_takes_under_two_minutes(run):
 
 def test_output_tells_the_story(run):
     text = run["done"].stdout
-    told = "480 images in 8 classes|1 of 480 files left out: |converted to RGB: 1 of mode L|training on"
+    told = "480 images in 8 classes|1 of 480 left out: |converted to RGB: 1 of mode L|training on"
     for part in (told + "|epoch 1 of |test accuracy 0.|95 % interval|model card").split("|"):
         assert part in text, part
     for alarm in ("Traceback", "missing keys", "deprecated"):
@@ -364,3 +365,78 @@ def test_finished_model_is_evaluated_on_another_folder_without_training(tmp_path
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())
     assert again["test"] == metrics(run)["test"]
+
+
+def test_patients_and_a_given_split_go_through_the_whole_run(tmp_path, make_images, tiny_vit):
+    """A table keeps patients whole; the run's own split.csv as a table repeats its split."""
+    folder = make_images(count=12)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.jpg"))
+    patients = {file: f"{file[0]}{int(file[-7:-4]) // 2}" for file in files}  # two images each
+    rows = [f"{file};{patient}" for file, patient in patients.items()]
+    (tmp_path / "mine.csv").write_text("\n".join(["Bild;patient", *rows[1:], "blue/999.jpg;b1"]))
+    flags = [
+        "--data_dir", folder, "--data_root", tmp_path / "data", "--model_name_or_path", tiny_vit,
+        "--num_train_epochs", "1", "--report_to", "none", "--output_dir",
+    ]  # fmt: skip
+    table = ["--metadata", tmp_path / "mine.csv", "--image_column_name", "Bild"]
+    done = run_script(*flags, tmp_path / "model", *table)
+    assert done.returncode == 0, done.stderr
+    assert "18 patients and 35 scenes, joined where they touch" in done.stdout
+    assert "2 of 37 left out: rows without an image (1), images without a row (1)" in done.stdout
+    report = tmp_path / "model" / "report"
+    split = pd.read_csv(report / "split.csv").set_index("file")
+    assert sorted(split.index) == files[1:]
+    assert (
+        split.groupby(patients)["split"].nunique().max()
+        == split.groupby(patients)["group"].nunique().max()
+        == 1
+    )
+    counts = json.loads((report / "metrics.json").read_text())["split"]
+    assert (counts["by"], counts["patients"], counts["scenes"], counts["groups"]) == (
+        "near-duplicates",
+        18,
+        35,
+        18,
+    )
+    assert "18 patients and 35 scenes, form 18 groups" in (tmp_path / "model" / "README.md").read_text()
+
+    done = run_script(*flags, tmp_path / "again", "--metadata", report / "split.csv", "--seed", "7")
+    assert done.returncode == 0, done.stderr
+    again = pd.read_csv(tmp_path / "again" / "report" / "split.csv").set_index("file")
+    assert again["split"].equals(split["split"])
+    assert again.groupby("group").ngroups == 18
+    counts = json.loads((tmp_path / "again" / "report" / "metrics.json").read_text())["split"]
+    assert counts["by"] == "given" and counts["patients"] == 18 and counts["patients_across_test"] == 0
+    (tmp_path / "mine.csv").write_text("\n".join(["Bild;patient", *rows[2:]]))
+    done = run_script(*flags, tmp_path / "model", *table)
+    assert done.returncode == 1 and "was made from other images, labels, splits or patients" in done.stderr
+
+
+def test_a_model_goes_on_with_more_epochs_or_more_images(tmp_path, run):
+    """It says how; the split of the earlier run is kept, so that what was learned is not tested."""
+    done = run_script(*run["flags"], "--num_train_epochs", "60")
+    assert done.returncode == 1 and "num_train_epochs was 40.0, is 60.0; train its model on" in done.stderr
+    command = shlex.split(done.stderr.partition("with its split: ")[2])
+    expected = ["--num_train_epochs", "20", "--model_name_or_path", run["model"]]
+    assert command[-6:] == [*map(str, expected), "--output_dir", f"{run['model']}-more"]
+    more = tmp_path / "more"
+    shutil.copytree(run["data"] / "sample" / "sample", more)
+    old = pd.read_csv(run["model"] / "report" / "split.csv").set_index("file")["split"]
+    learned = [file for file in old.index if old[file] == "train"][::20]
+    for file in learned:
+        shutil.copy(more / file, (more / file).with_name(f"copy-{Path(file).name}"))
+    done = run_script(
+        "--data_dir", more, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model",
+        "--model_name_or_path", run["model"], "--num_train_epochs", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    new = pd.read_csv(tmp_path / "model" / "report" / "split.csv").set_index("file")["split"]
+    assert new[old.index].equals(old) and len(new) == len(old) + len(learned) > len(old) + 10
+    assert set(new[[file for file in new.index if "copy-" in file]]) == {"train"}
+    results = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())
+    assert results["split"]["earlier"] == {"kept": len(old), "new": len(learned), "absent": 0, "learned": 0}
+    assert results["test"] == metrics(run)["test"]  # the same model on the same test images
+    assert (
+        f"keeps its split for {len(old)} images; {len(learned)} are new"
+        in (tmp_path / "model" / "README.md").read_text()
+    )

@@ -23,7 +23,7 @@ def test_defaults_are_the_tutorials_data_and_model():
     assert settings.data_url == "https://datasets.simula.no/downloads/kvasir/kvasir-dataset-v2.zip"
     assert settings.model_name_or_path == "google/vit-base-patch16-224-in21k"
     assert (settings.test_size, settings.validation_size) == (0.15, 0.15)
-    assert settings.split_by == "near-duplicates"
+    assert settings.split_by is None
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (4, 8)
     assert settings.min_steps == 300
     assert settings.linear_probe and settings.class_weights and settings.augment == "flip,turn"
@@ -205,7 +205,7 @@ def test_learning_rate_follows_the_images_per_step(right_flags, flags, images, r
 
 WORDS_OF_THE_ISSUE = {
     "--lr": "learning_rate", "--epochs": "num_train_epochs", "--batch_size": "per_device_train_batch_size",
-    "--model": "model_name_or_path", "--train_dir": "data_dir", "--patients": "split_by",
+    "--model": "model_name_or_path", "--train_dir": "data_dir", "--patients": "group_column_name",
     "--image_size": "model_name_or_path",
 }  # fmt: skip
 

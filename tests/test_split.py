@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from steps.duplicates import Scenes, count_pairs
+from steps.duplicates import Scenes, count_pairs, group_images
 from steps.options import Settings
-from steps.split import SPLITS, cut_folds, deal, kept_whole, show_splits, split_by_file, split_images
+from steps.split import SPLITS, cut_folds, deal, kept_whole, show_splits, split_images, split_rule
 from steps.workspace import Workspace
 
 
@@ -127,11 +127,8 @@ def test_split_csv_records_every_image_and_is_taken_again(images, tmp_path):
     assert len(table) == 347 and table["group"].tolist() == scenes.groups.tolist()
     assert (table.groupby("group")["split"].nunique() == 1).all()
     assert (table["label"] == table["file"].str[0]).all()
-    for again in (
-        split_images(images, scenes, work_in(tmp_path, Settings(), seed=7)),  # the record wins over a seed
-        split_images(images, scenes, work_in(tmp_path / "other", Settings(split_by=str(path)), seed=7)),
-    ):
-        assert all(again[name]["file"][:] == splits[name]["file"][:] for name in SPLITS)
+    again = split_images(images, scenes, work_in(tmp_path, Settings(), seed=7))  # the record wins over a seed
+    assert all(again[name]["file"][:] == splits[name]["file"][:] for name in SPLITS)
 
 
 def test_without_validation_images_the_test_images_choose_and_that_is_said(images, tmp_path, caplog):
@@ -145,48 +142,82 @@ def test_without_validation_images_the_test_images_choose_and_that_is_said(image
     assert pd.read_csv(path)["split"].value_counts().to_dict() == {"train": 295, "test": 52}
 
 
-def test_csv_file_decides(images, tmp_path, caplog):
-    files = images["file"][:]
-    chosen = ["train", "validation", "test"] * 115  # the last two images are not named
-    pd.DataFrame({"file": files[:345][::-1], "split": chosen[::-1]}).to_csv(tmp_path / "my.csv", index=False)
-    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
-    with caplog.at_level(logging.WARNING, "finetune_vit"):
-        splits = split_images(images, alone(images), work)
-    assert splits["test"]["file"][:] == files[2:345:3]
-    assert "2 images" in caplog.text and len(pd.read_csv(work.report / "split.csv")) == 345
+def given(images, split_of):
+    """The images with a column split: split_of(file, row) for each file."""
+    return images.add_column("split", [split_of(file, row) for row, file in enumerate(images["file"])])
+
+
+def test_a_given_split_is_taken_unless_another_rule_is_asked_for(images, tmp_path):
+    named = given(images, lambda file, row: SPLITS[row % 3])
+    splits = split_images(named, alone(images), work_in(tmp_path / "given", Settings()))
+    assert splits["test"]["file"][:] == images["file"][2::3]
+    assert splits.num_rows == {"train": 116, "validation": 116, "test": 115}
+    for rule in ("near-duplicates", "random"):
+        own = split_images(named, alone(images), work_in(tmp_path / rule, Settings(split_by=rule)))
+        assert own.num_rows == {"train": 243, "validation": 52, "test": 52}
+    rules = [(named, None), (named, "random"), (images, None), (images, "random")]
+    assert [split_rule(*rule) for rule in rules] == ["given", "random", "near-duplicates", "random"]
+
+
+def test_a_given_split_without_validation_takes_it_from_train_in_whole_groups(images, tmp_path, caplog):
+    named = given(images, lambda file, row: "test" if row % 5 == 0 else "train")
+    scenes = grouped(images, np.arange(347) // 10)  # each group is on both sides of the given split
+    with caplog.at_level(logging.INFO, "finetune_vit"):
+        splits = split_images(named, scenes, work_in(tmp_path, Settings(validation_size=0.25)))
+    assert splits["test"]["file"][:] == images["file"][::5]
+    assert "no validation images: 25% of the training images, in whole groups" in caplog.text
+    sides = {scenes.groups[file]: set() for file in images["file"]}
+    for name in ("train", "validation"):
+        for file in splits[name]["file"]:
+            sides[scenes.groups[file]].add(name)
+    assert all(len(names) == 1 for names in sides.values())
+    assert abs(len(splits["validation"]) - 0.25 * 277) <= 16
+    work = work_in(tmp_path / "none", Settings(validation_size=0.0))
+    assert split_images(named, scenes, work).num_rows == {"train": 277, "validation": 70, "test": 70}
+
+
+def test_a_given_split_without_test_tests_on_its_validation_images_and_says_so(images, tmp_path, caplog):
+    named = given(images, lambda file, row: "validation" if row % 5 == 0 else "train")
+    splits = split_images(named, alone(images), work_in(tmp_path, Settings()))
+    assert splits["test"]["file"][:] == images["file"][::5]
+    assert "has no test images: its validation images are the test" in caplog.text
+    assert len(splits["validation"]) == pytest.approx(0.15 * 277, abs=2)
+    assert not set(splits["validation"]["file"]) & set(splits["test"]["file"])
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    "split_of, message",
     [
-        ("name,split\na,train\n", "has no column file; give a CSV file with columns file, split"),
-        ("", "cannot read .*; give a CSV file with columns file, split"),
-        ("file,split\na/000.jpg,train\na/000.jpg,test\n", "1 files twice"),
-        ("file,split\na/000.jpg,training\n", r"unknown splits \['training'\]"),
-        ("file,split\na/000.jpg,train\nno/such.jpg,test\n", "1 absent or unreadable files: no/such.jpg"),
+        (lambda file, row: "test" if file[0] == "c" else SPLITS[row % 3], "no train images of c"),
+        (lambda file, row: ("validation", "test")[row % 2], "the given split has no training images"),
     ],
 )
-def test_bad_csv_file_is_one_error_line(images, tmp_path, text, message):
-    (tmp_path / "my.csv").write_text(text)
-    with pytest.raises(SystemExit, match=message) as stopped:
-        split_by_file(images["file"][:], tmp_path / "my.csv")
-    assert "\n" not in str(stopped.value)
-
-
-@pytest.mark.parametrize(
-    "chosen, message",
-    [
-        ({"c": "test"}, "no train images of c"),
-        ({"a": "train", "b": "train", "c": "train"}, "no validation images"),
-    ],
-)
-def test_split_that_cannot_teach_or_test_is_refused(images, tmp_path, chosen, message):
-    split = [chosen.get(file[0], SPLITS[row % 3]) for row, file in enumerate(images["file"])]
-    pd.DataFrame({"file": images["file"][:], "split": split}).to_csv(tmp_path / "my.csv", index=False)
-    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
+def test_split_that_cannot_teach_is_refused(images, tmp_path, split_of, message):
+    work = work_in(tmp_path, Settings())
     with pytest.raises(SystemExit, match=message):
-        split_images(images, alone(images), work)
+        split_images(given(images, split_of), alone(images), work)
     assert not (work.report / "split.csv").exists()
+
+
+def test_patients_on_two_sides_are_counted_and_said(images, tmp_path, caplog):
+    patients = [f"p{row // 4}" if row < 300 else "" for row in range(347)]
+    known = images.add_column("group", patients)
+    pairs = pd.DataFrame([(known["file"][0], known["file"][299], 0.0, "a", "b")], columns=NO_PAIRS.columns)
+    scenes = Scenes(pairs, group_images(known["file"][:], pairs, patients))
+    assert scenes.groups.nunique() == 74 + 47  # 75 patients, two joined by a pair; the others are alone
+    random = split_images(known, scenes, work_in(tmp_path / "random", RANDOM))
+    sides = pd.concat([pd.Series(name, part["group"][:]) for name, part in random.items()])
+    sides = sides[sides.index != ""].groupby(level=0).agg(set)
+    divided = sum("test" in names and len(names) > 1 for names in sides)
+    counts = count_pairs(scenes, random)
+    assert counts["patients"] == 75 and counts["scenes"] == 346 and divided > 20
+    assert counts["patients_across_test"] == divided
+    with caplog.at_level(logging.INFO, "finetune_vit"):
+        show_splits(random, scenes)
+    assert "75 patients and 346 scenes" in caplog.text
+    assert f"optimistic: {divided} patients are in the test and outside of it" in caplog.text
+    whole = split_images(known, scenes, work_in(tmp_path / "whole", Settings()))
+    assert count_pairs(scenes, whole)["patients_across_test"] == 0
 
 
 def test_small_classes_are_taught_and_tested():
@@ -204,10 +235,8 @@ def test_too_small_a_class_is_one_error_line(images, tmp_path, count):
 
 
 def test_a_class_that_no_score_counts_is_named(images, tmp_path, caplog):
-    split = ["train" if file[0] == "c" else SPLITS[row % 3] for row, file in enumerate(images["file"])]
-    pd.DataFrame({"file": images["file"][:], "split": split}).to_csv(tmp_path / "my.csv", index=False)
-    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
-    split_images(images, alone(images), work)
+    named = given(images, lambda file, row: "train" if file[0] == "c" else SPLITS[row % 3])
+    split_images(named, alone(images), work_in(tmp_path, Settings()))
     assert "no validation images of c" in caplog.text and "no test images of c" in caplog.text
 
 
@@ -216,25 +245,9 @@ def test_fewer_groups_than_splits_are_one_error_line(images, tmp_path):
     groups = [letter if letter == "c" else row for row, letter in enumerate(letters)]
     scenes = grouped(images, pd.factorize(pd.Series(groups, dtype=object))[0])
     work = work_in(tmp_path, Settings())
-    with pytest.raises(
-        SystemExit, match="too few groups of near-duplicates in c: each class needs 3; add other"
-    ):
+    with pytest.raises(SystemExit, match="too few groups of images in c: each class needs 3; add other"):
         split_images(images, scenes, work)
     assert not (work.report / "split.csv").exists()
-
-
-def test_a_changed_csv_file_is_not_silently_ignored(images, tmp_path):
-    table = pd.DataFrame({"file": images["file"][:], "split": [SPLITS[i % 3] for i in range(len(images))]})
-    work = work_in(tmp_path, Settings(split_by=str(tmp_path / "my.csv")))
-    table.to_csv(tmp_path / "my.csv", index=False)
-    split_images(images, alone(images), work)
-    table[::-1].to_csv(tmp_path / "my.csv", index=False)  # the same, in another order
-    split_images(images, alone(images), work)
-    table.loc[0, "split"] = "test"
-    table.to_csv(tmp_path / "my.csv", index=False)
-    (work.output_dir / "checkpoint-3").mkdir()  # until then it may be mended, see test_workspace
-    with pytest.raises(SystemExit, match="my.csv has changed since .*split.csv was made from it"):
-        split_images(images, alone(images), work)
 
 
 @pytest.mark.parametrize("split_by", ["near-duplicates", "random"])
@@ -245,54 +258,32 @@ def test_more_folds_than_a_class_has_groups_are_noticed_before_training(images, 
         split_images(small, alone(small), work)
 
 
-def write_split(path, images, split_of):
-    """Write a CSV file for --split_by: split_of(file, row) for each file."""
-    split = [split_of(file, row) for row, file in enumerate(images["file"])]
-    pd.DataFrame({"file": images["file"][:], "split": split}).to_csv(path, index=False)
-
-
 @pytest.mark.parametrize(
     "problem, message",
     [
         ("a class of two", "too few readable images of c"),
-        ("two groups", "too few groups of near-duplicates in c"),
+        ("two groups", "too few groups of images in c"),
         ("two groups, five folds", "--cross_validate 5, but only 2 groups of images of c"),
-        ("no column", "has no column file"),
-        ("twice", "1 files twice"),
-        ("unknown split", r"unknown splits \['training'\]"),
-        ("absent file", "1 absent or unreadable files"),
         ("not taught", "no train images of c"),
-        ("not tested", "no test images of a, b, c"),
     ],
 )
 def test_what_is_refused_leaves_no_split_and_the_mended_run_goes_on(images, tmp_path, problem, message):
-    """Each error of `choose_split` and `check_split`; a split.csv would decide the next run."""
-    mine = tmp_path / "my.csv"
-    given, settings, scenes = images, Settings(split_by=str(mine)), alone(images)
+    """Each error of `make_split` and `check_split`; a split.csv would decide the next run."""
+    wrong, settings, scenes = images, Settings(), alone(images)
     if problem == "a class of two":
-        given, settings = images.select(range(302)), Settings()
-        scenes = alone(given)
+        wrong = images.select(range(302))
+        scenes = alone(wrong)
     elif problem.startswith("two groups"):
         settings = Settings(cross_validate=5 if "folds" in problem else 0)
         scenes = grouped(images, [min(row, 301) for row in range(347)])
-    elif problem == "not taught":
-        write_split(mine, images, lambda file, row: "test" if file[0] == "c" else SPLITS[row % 3])
-    elif problem == "not tested":
-        write_split(mine, images, lambda file, row: SPLITS[row % 2])
     else:
-        lines = {
-            "no column": "name,split\na/000.jpg,train", "absent file": "file,split\nno/such.jpg,test",
-            "twice": "file,split\na/000.jpg,train\na/000.jpg,test",
-            "unknown split": "file,split\na/000.jpg,training",
-        }  # fmt: skip
-        mine.write_text(lines[problem])
+        wrong = given(images, lambda file, row: "test" if file[0] == "c" else SPLITS[row % 3])
     work = work_in(tmp_path, settings)
     with pytest.raises(SystemExit, match=message):
-        split_images(given, scenes, work)
+        split_images(wrong, scenes, work)
     assert not list(tmp_path.rglob("*split.csv"))
-    write_split(mine, images, lambda file, row: SPLITS[row % 3])
-    work = work_in(tmp_path, Settings(split_by=str(mine)))
-    splits = split_images(images, alone(images), work)
+    mended = given(images, lambda file, row: SPLITS[row % 3])
+    splits = split_images(mended, alone(images), work_in(tmp_path, Settings()))
     assert all(splits[name]["file"][:] == images["file"][number::3] for number, name in enumerate(SPLITS))
     assert (work.report / "split.csv").exists()
 
@@ -320,15 +311,26 @@ def test_folds_test_every_image_once_and_the_next_fold_validates(images, tmp_pat
     assert (divided == 0) == (split_by == "near-duplicates")
 
 
+def test_folds_keep_patients_whole_even_where_a_split_is_given(images, tmp_path):
+    groups = np.arange(347) // 3
+    named = given(images, lambda file, row: SPLITS[row % 3])  # which divides every group
+    work = work_in(tmp_path, Settings(cross_validate=4))
+    scenes = grouped(images, groups)
+    parts = cut_folds(split_images(named, scenes, work), scenes.groups, work)
+    for part in parts:
+        role = pd.Series({file: name for name in SPLITS for file in part[name]["file"]})
+        assert role.groupby(scenes.groups).nunique().max() == 1
+
+
 def test_folds_do_not_depend_on_the_split_and_follow_the_seed(images, tmp_path):
     scenes, settings = grouped(images, np.arange(347) // 2), Settings(cross_validate=5)
     tested = []
     for name, seed in (("one", 42), ("two", 42), ("three", 7)):
         work = work_in(tmp_path / name, settings, seed)
         if name == "two":  # as another run has divided them
-            write_split(tmp_path / "my.csv", images, lambda file, row: SPLITS[row % 3])
             work.report.mkdir(parents=True)
-            (tmp_path / "my.csv").rename(work.report / "split.csv")
+            other = given(images, lambda file, row: SPLITS[row % 3]).to_pandas()[["file", "split"]]
+            other.to_csv(work.report / "split.csv", index=False)
         splits = split_images(images, scenes, work)
         tested.append([fold["test"]["file"][:] for fold in cut_folds(splits, scenes.groups, work)])
     assert tested[0] == tested[1] != tested[2]

@@ -14,12 +14,13 @@ import transformers
 from conftest import COLOURS, ROOT, load_images, make_work, read_settings
 from draw_sample import save_processor
 
+from steps.architectures import pixel_shape
 from steps.duplicates import find_scenes
 from steps.load import record_data
 from steps.options import Settings
 from steps.preprocess import keep_readable, prepare_pixels
 from steps.split import split_images
-from steps.workspace import MAY_DIFFER, choose_checkpoint, claim, keep_on_drive, open_workspace, pixel_shape
+from steps.workspace import MAY_DIFFER, choose_checkpoint, claim, keep_on_drive, open_workspace
 
 
 @pytest.fixture
@@ -100,10 +101,10 @@ def begin(flags):
     work = open_workspace(*read_settings(flags))
     folder = Path(work.settings.data_dir)
     processor = transformers.ViTImageProcessor.from_pretrained(work.settings.model_name_or_path)
-    images = load_images(folder)
+    images = load_images(folder, work.settings)
     record_data(images, folder, {}, work)
     images = prepare_pixels(images, folder, processor, work.cache)
-    images = keep_readable(images, folder, work.report / "left_out.csv")
+    images = keep_readable(images, {}, work.report / "left_out.csv")
     scenes = find_scenes(images, pixel_shape(processor), work.report / "near_duplicates.csv")
     split_images(images, scenes, work)
     return work
@@ -154,23 +155,23 @@ def test_what_was_found_before_training_is_kept_if_nothing_changed(ready):
 
 @pytest.mark.parametrize("wrong", ["absent files", "other parts"])
 def test_another_split_file_takes_effect_until_something_is_trained(tmp_path, ready, wrong):
-    write_split(tmp_path / "wrong.csv", 2, "no/{}" if wrong == "absent files" else "{}")
+    write_split(tmp_path / "wrong.csv", 2, "no-{}" if wrong == "absent files" else "{}")
     right = write_split(tmp_path / "right.csv")
     if wrong == "absent files":
-        with pytest.raises(SystemExit, match="wrong.csv names 18 absent or unreadable files"):
-            begin([*ready, "--split_by", str(tmp_path / "wrong.csv")])
+        with pytest.raises(SystemExit, match="no row of .*wrong.csv names an image in"):
+            begin([*ready, "--metadata", str(tmp_path / "wrong.csv")])
     else:
-        assert split_of(begin([*ready, "--split_by", str(tmp_path / "wrong.csv")])) != right
-    work = begin([*ready, "--split_by", str(tmp_path / "right.csv")])
+        assert split_of(begin([*ready, "--metadata", str(tmp_path / "wrong.csv")])) != right
+    work = begin([*ready, "--metadata", str(tmp_path / "right.csv")])
     assert split_of(work) == right
     (work.output_dir / "checkpoint-3").mkdir()
-    with pytest.raises(SystemExit, match="made with other settings: split_by was .*right.csv, is .*wrong"):
-        begin([*ready, "--split_by", str(tmp_path / "wrong.csv")])
+    with pytest.raises(SystemExit, match="made with other settings: metadata was .*right.csv, is .*wrong"):
+        begin([*ready, "--metadata", str(tmp_path / "wrong.csv")])
     assert split_of(work) == right
 
 
 def test_a_split_file_may_be_mended_until_something_is_trained(tmp_path, ready):
-    ready += ["--split_by", str(tmp_path / "mine.csv")]
+    ready += ["--metadata", str(tmp_path / "mine.csv")]
     write_split(tmp_path / "mine.csv", 2)
     begin(ready)
     right = write_split(tmp_path / "mine.csv")
@@ -178,7 +179,9 @@ def test_a_split_file_may_be_mended_until_something_is_trained(tmp_path, ready):
     assert split_of(work) == right
     (work.output_dir / "checkpoint-3").mkdir()
     write_split(tmp_path / "mine.csv", 2)
-    with pytest.raises(SystemExit, match="mine.csv has changed since .*split.csv was made from it; use"):
+    with pytest.raises(
+        SystemExit, match="made from other images, labels, splits or patients than those in .*; use"
+    ):
         begin(ready)
     assert split_of(work) == right
 
@@ -196,7 +199,10 @@ def test_other_images_take_effect_until_something_is_trained(tmp_path, ready, tr
     (work.output_dir / trained).mkdir()
     begin(ready)
     (tmp_path / "images" / "red" / "new.jpg").unlink()
-    with pytest.raises(SystemExit, match="made from other images than those in .*; use another --output_dir"):
+    with pytest.raises(
+        SystemExit,
+        match="made from other images, labels, splits or patients than those in .*; use another --output_dir",
+    ):
         begin(ready)
     assert "red/new.jpg" in split_of(work) and (work.output_dir / "settings.json").read_text() == record
 
@@ -236,11 +242,17 @@ def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
 @pytest.mark.parametrize(
     "config, size, message",
     [
-        ({"model_type": "resnet"}, 32, "is a resnet, not a ViT"),
-        ({"model_type": "deit"}, 32, "is a deit, not a ViT"),
-        ({"model_type": "vit", "image_size": 64}, 32, "for a 64-pixel ViT"),
-        ({"model_type": "no_such_thing"}, 32, "cannot use"),
-        ({}, 32, "cannot use"),
+        ({"model_type": "resnet"}, 32, "its model_type is resnet, not one of vit, deit, .*, siglip; check"),
+        ({"model_type": "no_such_thing"}, 32, "its model_type is no_such_thing, not one of vit, "),
+        ({"architecture": "vit_tiny", "pretrained_cfg": {}}, 32, "model_type is timm_wrapper, not one of"),
+        ({}, 32, "its model_type is None, not one of"),
+        (
+            {"model_type": "vit", "image_size": 64},
+            32,
+            r"\(3, 32, 32\) pixels for a vit of \(64, 64\)",
+        ),
+        ({"model_type": "vit", "image_size": [32, 32]}, 32, "has no model.safetensors"),  # it fits
+        ({"model_type": "vit", "image_size": 32, "num_channels": 1}, 32, "it prepares .* pixels for a vit"),
         (None, None, "cannot use"),
     ],
 )
@@ -254,6 +266,12 @@ def test_a_checkpoint_that_does_not_fit_is_one_error_line(tmp_path, flags, confi
     with pytest.raises(SystemExit, match=message) as stopped:
         choose_checkpoint(work)
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("name", ["./vit", "../vit", "/vit", "~/vit", "my/own/vit", r"my\vit"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(flags, name):
+    with pytest.raises(SystemExit, match=r"^error: cannot use .*vit: no such folder; check --model_name"):
+        choose_checkpoint(make_work([*flags, "--model_name_or_path", name]))
 
 
 def broken(folder, name, content):

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from story import make_work
 
 from steps import duplicates
+from steps.architectures import check_checkpoint, pixel_shape
 from steps.download import fetch_images
 from steps.load import load_folder
 from steps.preprocess import keep_readable, pixels_of, prepare_pixels
 from steps.use import load_classifier
-from steps.workspace import check_vit, pixel_shape
 
 
 def class_tokens(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -82,11 +82,12 @@ def main() -> None:
     temporary = tempfile.TemporaryDirectory()
     work = make_work([*flags, "--output_dir", temporary.name])
     name = work.settings.model_name_or_path
-    check_vit(name)
+    check_checkpoint(name)
     folder, _ = fetch_images(work)
     model, processor = load_classifier(name)
-    images = prepare_pixels(load_folder(folder, work.cache), folder, processor, work.cache)
-    images = keep_readable(images, folder, work.report / "left_out.csv")
+    listed, left_out = load_folder(folder, work.settings, work.cache)
+    images = prepare_pixels(listed, folder, processor, work.cache)
+    images = keep_readable(images, left_out, work.report / "left_out.csv")
     shape, labels, n = pixel_shape(processor), np.array(images["label"]), len(images)
     pixels = pixels_of(images["file"], images, shape)
 

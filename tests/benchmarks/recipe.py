@@ -35,6 +35,7 @@ from scipy.special import softmax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from story import build_trainer, make_work, read_settings
 
+from steps.architectures import check_checkpoint, pixel_shape
 from steps.download import fetch_images
 from steps.duplicates import find_scenes
 from steps.files import atomic
@@ -44,7 +45,7 @@ from steps.preprocess import Collator, keep_readable, prepare_pixels
 from steps.scores import calibration_error, fit_temperature, scores_of
 from steps.split import deal
 from steps.use import load_classifier
-from steps.workspace import check_vit, pixel_shape, versions
+from steps.workspace import versions
 
 TUTORIAL = ["--recipe", "tutorial", "--warmup_steps", "0.235"]  # its 500 of 2,125 steps, of shorter runs
 SMALL_STEPS = [*TUTORIAL, "--per_device_train_batch_size", "8"]
@@ -307,11 +308,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = make_work([*options.common, "--output_dir", temporary])
     name, left_out = work.settings.model_name_or_path, options.results / "left_out.csv"
-    check_vit(name)
+    check_checkpoint(name)
     folder, _ = fetch_images(work)
     model, processor = load_classifier(name)
-    shape, listed = pixel_shape(processor), load_folder(folder, work.cache)
-    images = keep_readable(prepare_pixels(listed, folder, processor, work.cache), folder, left_out)
+    shape, (listed, found) = pixel_shape(processor), load_folder(folder, work.settings, work.cache)
+    images = keep_readable(prepare_pixels(listed, folder, processor, work.cache), found, left_out)
     labels = np.array(images["label"])
     options.results.mkdir(parents=True, exist_ok=True)
     if options.protocol == "groups":
@@ -332,7 +333,7 @@ def main() -> None:
                 if "+336" in RUNS[run]:
                     size = {"size": {"height": 336, "width": 336}}
                     own = transformers.ViTImageProcessor.from_pretrained(name, **size)
-                    pixels = keep_readable(prepare_pixels(listed, folder, own, work.cache), folder, left_out)
+                    pixels = keep_readable(prepare_pixels(listed, folder, own, work.cache), found, left_out)
                 parts = datasets.DatasetDict(train=pixels.select(taught), validation=pixels.select(tested))
                 model, seconds = train(RUNS[run], options.common, parts, own, seed)
                 logits = predict(model, parts["validation"], pixel_shape(own), "+views" in RUNS[run])

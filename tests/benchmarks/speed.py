@@ -40,12 +40,13 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from story import ROOT, build_trainer, read_settings
 
+from steps.architectures import pixel_shape
 from steps.load import list_images, load_folder
 from steps.model import augment
-from steps.options import AUGMENTATIONS
+from steps.options import AUGMENTATIONS, Settings
 from steps.preprocess import Collator, prepare_pixels
 from steps.use import classify
-from steps.workspace import pixel_shape, versions
+from steps.workspace import versions
 
 KVASIR_SIZES = [(720, 576)] * 4 + [(1280, 1024)] * 3 + [(1920, 1072)]
 figures = defaultdict(list)  # (what, way, unit): measurements
@@ -382,7 +383,7 @@ def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
     folder = Path(options.data_dir or work / "photos").resolve()
     if options.data_dir is None:
         draw_photos(folder, 256)
-    images = load_folder(folder, work / "hub")
+    images, _ = load_folder(folder, Settings(), work / "hub")
     few = min(len(images), 64)
     settings = ["--output_dir", str(work / "model"), "--report_to", "none", "--disable_tqdm", "true"]
     settings += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]

@@ -1,0 +1,467 @@
+"""Step 3: a table says what images are; what does not fit is named, and nothing leads out of the folder."""
+
+import json
+import logging
+import string
+import unicodedata
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layouts import fill, rows
+
+from steps.columns import COLUMN_WORDS, choose_columns, find_columns
+from steps.load import find_images
+from steps.options import Settings
+from steps.tables import index_files, match, read_any
+
+FLAT = ["/a b c d"]  # four images without folders
+CLASSES = ["cat/a b", "dog/c d"]
+ALL = {"a.jpg": "cat", "b.jpg": "cat", "c.jpg": "dog", "d.jpg": "dog"}
+LABELS = "file,label\na.jpg,cat\nb.jpg,cat\nc.jpg,dog\nd.jpg,dog\n"
+SPLIT = {
+    "cat/a.jpg": ("cat", "train"),
+    "cat/b.jpg": ("cat", "test"),
+    "dog/c.jpg": ("dog", "validation"),
+    "dog/d.jpg": ("dog", "test"),
+}
+GROUP = {
+    "cat/a.jpg": ("cat", "p1"),
+    "cat/b.jpg": ("cat", "p2"),
+    "dog/c.jpg": ("dog", "p1"),
+    "dog/d.jpg": ("dog", "p3"),
+}
+
+
+def split_table(heads="file,split", separator=",", words=("train", "test", "validation", "test"), name="{}"):
+    lines = [heads.replace(",", separator)]
+    lines += [f"{name.format(file)}{separator}{word}" for file, word in zip(SPLIT, words, strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+UNDERSTOOD = {  # the images, the table, flags: what is made of it
+    "labels": (FLAT, LABELS, {}, ALL),
+    "names without endings": (FLAT, LABELS.replace(".jpg", ""), {}, ALL),
+    "APTOS": (
+        ["train_images/a b", "test_images/c d"],
+        "id_code,diagnosis\na,0\nb,4\n",
+        {},
+        {"train_images/a.jpg": "0", "train_images/b.jpg": "4"},
+    ),
+    "HAM10000": (
+        ["part_1/a b", "part_2/c d"],
+        "lesion_id,image_id,dx,dx_type\nl1,a,nv,x\nl1,b,nv,x\nl2,c,mel,x\nl3,d,nv,x\n",
+        {},
+        {
+            "part_1/a.jpg": ("nv", "l1"),
+            "part_1/b.jpg": ("nv", "l1"),
+            "part_2/c.jpg": ("mel", "l2"),
+            "part_2/d.jpg": ("nv", "l3"),
+        },
+    ),
+    "ISIC, one-hot": (
+        FLAT,
+        "image,MEL,NV\na,1.0,0.0\nb,1.0,0.0\nc,0.0,1.0\nd,0,1\n",
+        {"label_column_name": ["MEL", "NV"]},
+        {"a.jpg": "MEL", "b.jpg": "MEL", "c.jpg": "NV", "d.jpg": "NV"},
+    ),
+    "columns of other names": (
+        FLAT,
+        "datei,befund,mensch\na.jpg,x,1\nb.jpg,y,1\n",
+        {"image_column_name": "datei", "label_column_name": ["befund"], "group_column_name": "mensch"},
+        {"a.jpg": ("x", "1"), "b.jpg": ("y", "1")},
+    ),
+    "a split": (CLASSES, split_table(), {}, SPLIT),
+    "semicolons": (CLASSES, split_table(separator=";"), {}, SPLIT),
+    "tabs": (CLASSES, split_table(separator="\t"), {}, SPLIT),
+    "Windows": (CLASSES, split_table(name="{}").replace("/", "\\").replace("\n", "\r\n"), {}, SPLIT),
+    "from here": (CLASSES, split_table(name="./{}"), {}, SPLIT),
+    "from another machine": (CLASSES, split_table(name="/kaggle/input/pets/{}"), {}, SPLIT),
+    "from another drive": (CLASSES, split_table(name="C:/pets/{}"), {}, SPLIT),
+    "other words": (
+        CLASSES,
+        split_table("Image Path, Set", words=(" Train", "TEST", "val", "eval")),
+        {},
+        SPLIT,
+    ),
+    "patients": (CLASSES, "Patient ID,Filename\np1,a.jpg\np2,b.jpg\np1,c.jpg\np3,d.jpg\n", {}, GROUP),
+    "patients before lesions": (
+        CLASSES,
+        "lesion_id,patient_id,image\nl,p1,a\nl,p2,b\nl,p1,c\nl,p3,d\n",
+        {},
+        GROUP,
+    ),
+    "what split.csv of a run says": (
+        CLASSES,
+        "file,label,split,group\ncat/a.jpg,cat,train,0\ncat/b.jpg,cat,test,1\ndog/c.jpg,dog,train,2\n",
+        {},
+        {
+            "cat/a.jpg": ("cat", "train", "0"),
+            "cat/b.jpg": ("cat", "test", "1"),
+            "dog/c.jpg": ("dog", "train", "2"),
+        },
+    ),
+    "one split only": (
+        CLASSES,
+        split_table(words=["train"] * 4),
+        {},
+        {file: v[0] for file, v in SPLIT.items()},
+    ),
+    "labels that folders do not know": (
+        ["x/a b", "y/c d"],
+        LABELS,
+        {},
+        {f"{'xxyy'[i]}/{file}": label for i, (file, label) in enumerate(ALL.items())},
+    ),
+    "folders that are splits": (
+        ["train/a b", "test/c d"],
+        LABELS,
+        {},
+        {
+            "test/c.jpg": ("dog", "test"),
+            "test/d.jpg": ("dog", "test"),
+            "train/a.jpg": ("cat", "train"),
+            "train/b.jpg": ("cat", "train"),
+        },
+    ),
+    "a split that the folders contradict": (
+        ["train/a b", "test/c d"],
+        "file,label,split\na,cat,test\nb,cat,train\nc,dog,test\nd,dog,train\n",
+        {},
+        {
+            "test/c.jpg": ("dog", "test"),
+            "test/d.jpg": ("dog", "train"),
+            "train/a.jpg": ("cat", "test"),
+            "train/b.jpg": ("cat", "train"),
+        },
+    ),
+    "words that pandas would take for nothing": (
+        FLAT,
+        "file,label\na,NA\nb,null\nc,007\nd,1e3\n",
+        {},
+        {"a.jpg": "NA", "b.jpg": "null", "c.jpg": "007", "d.jpg": "1e3"},
+    ),
+    "quotes and commas": (
+        FLAT,
+        'file,label\n"a.jpg","cat, small"\n"b.jpg","cat ""big"""\n',
+        {},
+        {"a.jpg": "cat, small", "b.jpg": 'cat "big"'},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNDERSTOOD)
+def test_tables_that_are_understood(tmp_path, case):
+    names, text, flags, expected = UNDERSTOOD[case]
+    (tmp_path / "mine.csv").write_text(text, newline="")
+    folder = fill(tmp_path / "images", names)
+    table, left_out = find_images(folder, Settings(metadata=str(tmp_path / "mine.csv"), **flags))
+    assert rows(table) == expected
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")}
+    assert files == expected.keys() | {file for file in left_out if "," not in file}  # none is lost
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1254"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_with_umlauts_in_every_encoding_and_form(tmp_path, encoding, form):
+    names = ["Ösophagus/ülser ışık", "k/a b"]
+    folder = fill(tmp_path / "images", [unicodedata.normalize(form, name) for name in names])
+    text = "file,set\nÖsophagus/ülser.jpg,train\nÖsophagus/ışık.jpg,test\nk/a.jpg,train\nk/b.jpg,test\n"
+    (tmp_path / "mine.csv").write_bytes(text.encode(encoding))
+    table, left_out = find_images(folder, Settings(metadata=str(tmp_path / "mine.csv")))
+    assert table["split"].value_counts().to_dict() == {"train": 2, "test": 2} and not left_out
+    assert set(table["label"]) == {"Ösophagus", "k"}  # in NFC; files keep the form that they have on disk
+    assert all((folder / file).exists() for file in table["file"])
+
+
+REFUSED = {  # the images, the table, flags: what the error says
+    "no rows": (FLAT, "file,label\n", {}, "no row of .*mine.csv names an image in .*: it has no rows"),
+    "empty": (FLAT, "", {}, "cannot read .*mine.csv: No columns to parse from file; give a table as CSV"),
+    "no images": (
+        FLAT,
+        "x,label\na,cat\n",
+        {},
+        "no column of .* the images; its columns are x, label: .*--image_column",
+    ),
+    "no roles": (
+        FLAT,
+        "file,x\na,cat\n",
+        {},
+        "hold the labels, splits or patients; its columns .*--label_column_name",
+    ),
+    "other images": (FLAT, "file,label\nz.jpg,cat\n", {}, "for example 'z.jpg'; it should be like a.jpg"),
+    "a column that is not there": (
+        FLAT,
+        LABELS,
+        {"group_column_name": "who"},
+        "no column who; give --group_column_name",
+    ),
+    "labels in two columns": (
+        FLAT,
+        "file,target,diagnosis\na,1,mel\n",
+        {},
+        "could be in any of diagnosis, target; say which: --label_column_name",
+    ),
+    "several classes": (
+        FLAT,
+        "file,label\na,cat|dog\n",
+        {},
+        r"line 2 of .* gives a several classes: cat\|dog; give each",
+    ),
+    "a list of classes": (FLAT, "file,label\na,cat\nb,\"['cat', 'dog']\"\n", {}, "line 3 .* several classes"),
+    "two ones": (
+        FLAT,
+        "file,x,y\na,1,0\nb,1,1\n",
+        {"label_column_name": ["x", "y"]},
+        "line 3 of .* names several classes",
+    ),
+    "unknown splits": (
+        CLASSES,
+        split_table(words=["train", "fold1", "test", "x"]),
+        {},
+        "unknown splits: fold1, x; use train",
+    ),
+    "out of the folder": (
+        FLAT,
+        LABELS + "../x.jpg,cat\n",
+        {},
+        r"mine.csv names \.\./x.jpg, which leads out of its folder",
+    ),
+    "out of the folder in between": (
+        FLAT,
+        LABELS + "sub/../../x.jpg,cat\n",
+        {},
+        "which leads out of its folder",
+    ),
+    "out of the folder for Windows": (FLAT, LABELS + "..\\x.jpg,cat\n", {}, "which leads out of its folder"),
+    "a URL": (FLAT, LABELS + "file:///etc/passwd,cat\n", {}, "names file:///etc/passwd, which leads out"),
+    "names that several images share": (
+        ["cat/a b", "dog/a b"],
+        "file,split\na,train\nb,test\n",
+        {},
+        "no row of .* names",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tables_that_are_refused(tmp_path, case):
+    names, text, flags, message = REFUSED[case]
+    (tmp_path / "mine.csv").write_text(text)
+    folder = fill(tmp_path / "images", names)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        find_images(folder, Settings(metadata=str(tmp_path / "mine.csv"), **flags))
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+
+
+LEFT_OUT = {  # the table: what is left out, and why
+    "an image without a row": (LABELS.replace("d.jpg,dog\n", ""), {"d.jpg": "images without a row"}),
+    "a row without an image": (LABELS + "e.jpg,cat\n", {"mine.csv, line 6: e.jpg": "rows without an image"}),
+    "an image without a label": (
+        LABELS.replace("d.jpg,dog", "d.jpg,"),
+        {"d.jpg": "images without a label in mine.csv"},
+    ),
+    "a second row": (LABELS + "a.jpg,cat\n", {"mine.csv, line 6: a.jpg": "second rows for an image"}),
+    "rows that differ": (LABELS + "a.jpg,dog\n", {"a.jpg": "images with rows that differ in mine.csv"}),
+    "all at once": (
+        "file,label\na.jpg,cat\na,dog\nb,cat\nb.jpg,cat\nc,\nz,dog\n",
+        {
+            "a.jpg": "images with rows that differ in mine.csv",
+            "mine.csv, line 5: b.jpg": "second rows for an image",
+            "c.jpg": "images without a label in mine.csv",
+            "mine.csv, line 7: z": "rows without an image",
+            "d.jpg": "images without a row",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_does_not_fit_is_left_out_by_name(tmp_path, case):
+    text, expected = LEFT_OUT[case]
+    (tmp_path / "mine.csv").write_text(text)
+    table, left_out = find_images(
+        fill(tmp_path / "images", FLAT), Settings(metadata=str(tmp_path / "mine.csv"))
+    )
+    assert left_out == expected
+    assert rows(table) == {file: label for file, label in ALL.items() if file not in expected}
+
+
+def test_an_image_whose_folder_is_another_class_is_left_out(tmp_path):
+    (tmp_path / "mine.csv").write_text("file,label\na,cat\nb,dog\nc,dog\nd,dog\n")
+    folder = fill(tmp_path / "images", CLASSES)
+    table, left_out = find_images(folder, Settings(metadata=str(tmp_path / "mine.csv")))
+    assert left_out == {"cat/b.jpg": "images whose row and folder name different classes"}
+    assert rows(table) == {"cat/a.jpg": "cat", "dog/c.jpg": "dog", "dog/d.jpg": "dog"}
+
+
+def test_an_image_without_a_patient_is_kept_and_counted(tmp_path, caplog):
+    (tmp_path / "mine.csv").write_text("file,patient\na,p1\nb,\nc,p1\nd,\n")
+    table, left_out = find_images(
+        fill(tmp_path / "images", CLASSES), Settings(metadata=str(tmp_path / "mine.csv"))
+    )
+    assert table["group"].tolist() == ["p1", "", "p1", ""] and not left_out
+    assert "has no patient for 2 images: each counts as a patient" in caplog.text
+
+
+FOUND = {  # an imagefolder's own tables: {file: text}, and what is made of them
+    "metadata.csv": (
+        {"metadata.csv": "file_name,label\na.jpg,cat\nb.jpg,dog\n"},
+        FLAT,
+        {"a.jpg": "cat", "b.jpg": "dog"},
+    ),
+    "metadata.jsonl": (
+        {"metadata.jsonl": '{"file_name": "a.jpg", "label": 3}\n{"file_name": "b.jpg", "label": 10}\n'},
+        FLAT,
+        {"a.jpg": "3", "b.jpg": "10"},
+    ),
+    "in the splits": (
+        {
+            "train/metadata.csv": "file_name,label\na.jpg,cat\nb.jpg,dog\n",
+            "test/metadata.csv": "file_name,label\na.jpg,cat\n",
+        },
+        ["train/a b", "test/a"],
+        {"test/a.jpg": ("cat", "test"), "train/a.jpg": ("cat", "train"), "train/b.jpg": ("dog", "train")},
+    ),
+    "patients beside class folders": (
+        {"metadata.csv": "file_name,patient\ncat/a.jpg,p1\ncat/b.jpg,p2\ndog/c.jpg,p1\ndog/d.jpg,p3\n"},
+        CLASSES,
+        GROUP,
+    ),
+    "in class folders": (
+        {
+            "cat/metadata.csv": "file_name,patient\na.jpg,p1\nb.jpg,p2\n",
+            "dog/metadata.csv": "file_name,patient\nc.jpg,p1\nd.jpg,p3\n",
+        },
+        CLASSES,
+        GROUP,
+    ),
+    "captions": (
+        {"metadata.csv": "file_name,text\ncat/a.jpg,a cat\n"},
+        ["cat/a", "dog/c"],
+        {"cat/a.jpg": "cat", "dog/c.jpg": "dog"},
+    ),
+    "another name": (
+        {"bad_metadata.csv": "file_name,label\ncat/a.jpg,x\n"},
+        ["cat/a", "dog/c"],
+        {"cat/a.jpg": "cat", "dog/c.jpg": "dog"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_the_tables_of_an_imagefolder_are_read(tmp_path, case):
+    tables, names, expected = FOUND[case]
+    folder = fill(tmp_path, names)
+    for name, text in tables.items():
+        (folder / name).write_text(text)
+    table, _ = find_images(folder, Settings())
+    assert rows(table) == expected
+
+
+def test_parquet_is_read(tmp_path):
+    folder = fill(tmp_path, FLAT)
+    pd.DataFrame({"file_name": ["a.jpg", "b.jpg"], "label": [0, 1]}).to_parquet(folder / "metadata.parquet")
+    assert rows(find_images(folder, Settings())[0]) == {"a.jpg": "0", "b.jpg": "1"}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "cat/metadata.csv"])
+@pytest.mark.parametrize(
+    "path", ["../outside/x.jpg", "cat/../../outside/x.jpg", "/etc/passwd", "file:///etc/passwd", "C:\\x.jpg"]
+)
+@pytest.mark.parametrize("column", ["label", "caption"])
+def test_a_table_in_the_folder_that_leads_out_of_it_is_refused(tmp_path, name, path, column):
+    """It may have come with an archive. `datasets` would open what it names."""
+    folder, row = fill(tmp_path, CLASSES), {"file_name": path, column: "cat"}
+    text = json.dumps(row) if name.endswith("l") else pd.DataFrame([row]).to_csv(index=False)
+    (folder / name).write_text(text)
+    with pytest.raises(SystemExit, match="which leads out of its folder"):
+        find_images(folder, Settings())
+
+
+@pytest.mark.parametrize("name, text", [("metadata.parquet", "PAR1x"), ("metadata.jsonl", '{"file_name": ')])
+def test_a_damaged_table_is_one_error_line(tmp_path, name, text):
+    (fill(tmp_path, CLASSES) / name).write_text(text)
+    with pytest.raises(SystemExit, match=f"cannot read .*{name}: .*; give a table as CSV"):
+        find_images(tmp_path, Settings())
+
+
+def test_a_table_is_looked_for_here_and_beside_the_images(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "pets" / "images", CLASSES)
+    (tmp_path / "pets" / "mine.csv").write_text(split_table())
+    assert rows(find_images(folder, Settings(metadata="mine.csv"))[0]) == SPLIT
+    (folder / "mine.csv").write_text(split_table(words=("test", "train", "test", "train")))  # nearer
+    assert find_images(folder, Settings(metadata="mine.csv"))[0]["split"].tolist() == ["test", "train"] * 2
+    monkeypatch.chdir(fill(tmp_path / "work", ["/x"]))
+    (tmp_path / "work" / "mine.csv").write_text(split_table(words=("train", "train", "test", "test")))
+    assert (
+        find_images(folder, Settings(metadata="mine.csv"))[0]["split"].tolist()
+        == ["train"] * 2 + ["test"] * 2
+    )
+    with pytest.raises(SystemExit, match="--metadata other.csv is not a file, here or in"):
+        find_images(folder, Settings(metadata="other.csv"))
+    with pytest.raises(
+        SystemExit, match="--split_column_name names a column, but there is no table; give one"
+    ):
+        find_images(folder, Settings(split_column_name="part"))
+
+
+def test_what_was_understood_is_said_in_one_line(tmp_path, caplog):
+    (tmp_path / "mine.csv").write_text("lesion_id,image_id,dx\nl1,a,x\nl1,b,x\nl2,c,y\nl3,d,y\n")
+    with caplog.at_level(logging.INFO, "finetune_vit"):
+        find_images(fill(tmp_path / "images", FLAT), Settings(metadata=str(tmp_path / "mine.csv")))
+    assert caplog.messages == [
+        f"understood the columns of {tmp_path}/mine.csv as image: image_id, label: dx, group: lesion_id"
+    ]
+
+
+def test_column_words_are_plain_and_of_one_role():
+    words = [word for words in COLUMN_WORDS.values() for word in words.split()]
+    assert len(set(words)) == len(words) and all(word.isalnum() and word.islower() for word in words)
+    assert find_columns("group", ["Video", "Patient ID", "x", "patient"]) == [
+        "patient",
+        "Patient ID",
+        "Video",
+    ]
+    assert choose_columns("label", ["label", "target"], Settings()) == ["label"]
+    assert choose_columns("split", ["label"], Settings()) == []
+
+
+NAMES = (
+    st.text(string.ascii_letters + string.digits + " _-()äß", min_size=1, max_size=8)
+    .map(str.strip)
+    .filter(bool)
+)
+TABLES = st.dictionaries(
+    NAMES, st.tuples(NAMES, st.sampled_from(["train", "val", "Test"]), NAMES), min_size=1, max_size=9
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TABLES, st.sampled_from(",;\t"), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp1254"]))
+def test_any_table_is_read_as_it_was_written(tmp_path_factory, table, separator, encoding):
+    path = tmp_path_factory.mktemp("table") / "x.csv"
+    written = pd.DataFrame(
+        [(name, *row) for name, row in table.items()], columns=["file", "dx", "set", "patient"]
+    )
+    path.write_bytes(written.to_csv(index=False, sep=separator).encode(encoding))
+    read = read_any(path)
+    assert read.to_dict("list") == written.to_dict("list")
+
+
+ELSEWHERE = Path("/elsewhere/mine.csv")
+FILES = st.lists(st.tuples(NAMES, NAMES).map("/".join), min_size=1, max_size=9, unique=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(FILES, st.sampled_from(["{}.jpg", "{}", "./{}.jpg", "/far/{}.jpg", "D:/{}.jpg"]), st.data())
+def test_a_whole_path_finds_its_file_however_it_is_written(files, form, data):
+    names = [f"{file}.jpg" for file in files]
+    known, chosen = index_files(names), data.draw(st.sampled_from(files))
+    found = match(form.format(chosen).replace("/", data.draw(st.sampled_from("/\\"))), known, ELSEWHERE, True)
+    assert found == f"{chosen}.jpg"
+    bare = match(f"{chosen.split('/')[1]}.jpg", known, ELSEWHERE, True)
+    same = [name for name in names if name.endswith(f"/{chosen.split('/')[1]}.jpg")]
+    assert bare == (same[0] if len(same) == 1 else "")  # never one of several

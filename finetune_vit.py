@@ -7,7 +7,7 @@
 # | command | what it trains on |
 # |---|---|
 # | `python finetune_vit.py` | Kvasir v2: endoscopy, 8 classes of 1,000 images, 2.3 GB; use a GPU |
-# | `python finetune_vit.py --data_dir FOLDER` | your images: one folder for each class |
+# | `python finetune_vit.py --data_dir FOLDER` | your images, in class folders or with a table |
 # | `python finetune_vit.py --config data/sample.yaml` | 480 computer-drawn images; no GPU, no network |
 #
 # This file shows what each step asks of the Hugging Face libraries; the folder `steps` holds what makes them
@@ -114,7 +114,7 @@ hub = open_hub(work)  # the model's name on the Hub; "" without --push_to_hub
 # ## 2 · Download
 #
 # The archive is downloaded once and unpacked once. A download that was cut off goes on where it stopped.
-# With `--data_dir` there is nothing to do.
+# `--dataset_name` does the same with a data set of the Hub. With `--data_dir` there is nothing to do.
 
 # %%
 from steps.download import fetch_images
@@ -175,9 +175,10 @@ show_examples(images, image_folder, shape)
 #
 # The model learns from the training images, the validation images choose its best epoch, and the test images
 # are looked at once, at the end. Frames of one examination can be nearly the same picture. With one in
-# training and another in the test set, the score measures memory. So near-duplicates are found first. All
-# images that a chain of them connects are a *scene*, and no scene is divided. On 1,126 real endoscopy images
-# a random split gives an accuracy of 0.966; a split by whole scenes, with the same recipe, gives 0.906.
+# training and another in the test set, the score measures memory. So near-duplicates are found first: what a
+# chain of them connects is a *scene*. A *group* is a patient, if known, with the scenes that touch it, else a
+# scene, and no group is divided. On 1,126 real endoscopy images a random split gives an accuracy of 0.966; a
+# split by whole scenes, with the same recipe, gives 0.906. A split that you give is kept as it is.
 
 # %%
 from steps.duplicates import find_scenes
@@ -277,7 +278,7 @@ trainer = fine_tune(checkpoint, splits, training)
 # ## 8 · Evaluate
 #
 # `trainer.predict` gives a logit per class. Their softmax gives the probabilities in `predictions.csv`, from
-# which the scores are computed. The 95 % intervals resample whole scenes: ten frames of one polyp are one
+# which the scores are computed. The 95 % intervals resample whole groups: ten frames of one polyp are one
 # finding. Specificity is the share of other classes' images that are not taken for the class. ECE (expected
 # calibration error) is how far, on average, the probabilities are from the share of right answers. Then parts
 # of the test images are painted black, to see whether the model reads burnt-in text instead of tissue.

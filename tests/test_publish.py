@@ -18,6 +18,8 @@ from conftest import COLOURS, ROOT, draw
 from hub_server import READER, WRITER, Fault, HubServer
 from transformers import pipeline
 
+from steps.earlier import find_earlier
+from steps.options import Settings
 from steps.publish import PUBLISHED, open_hub, push, read_back
 from steps.workspace import Workspace
 
@@ -318,3 +320,16 @@ def test_nothing_that_is_published_says_where_it_was_on_this_machine(server, tmp
     assert metrics["split"]["by"] == "given" and metrics["settings"]["metadata"] == "cut.csv"
     assert metrics["data"]["name"] == metrics["settings"]["data_dir"] == "photos"
     assert metrics["external"]["folder"] == "clinic" and metrics["settings"]["output_dir"] == "my-model"
+
+
+def test_a_model_of_ours_on_the_hub_brings_its_split(client, tmp_path, monkeypatch):
+    """Step 5 asks for it by the name that `--model_name_or_path` gives, and finds nothing with other models."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    published = {"config.json": '{"calibration_temperature": 1.5}', "report/split.csv": "file,split\na/1.jpg,test\n"}
+    for name, files in (("me/ours", published), ("me/other", {"config.json": "{}"})):
+        huggingface_hub.create_repo(name)
+        for file, text in files.items():
+            huggingface_hub.upload_file(path_or_fileobj=text.encode(), path_in_repo=file, repo_id=name)
+    works = (Workspace(Settings(model_name_or_path=name), None, tmp_path) for name in ("me/ours", "me/other"))
+    ours, other = map(find_earlier, works)
+    assert ours.to_dict() == {"a/1.jpg": "test"} and other is None

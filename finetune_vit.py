@@ -10,7 +10,7 @@
 # | `python finetune_vit.py --data_dir FOLDER` | your images, in class folders or with a table |
 # | `python finetune_vit.py --config data/sample.yaml` | 480 computer-drawn images; no GPU, no network |
 #
-# This file shows what each step asks of the Hugging Face libraries; the folder `steps` holds what makes them
+# This file shows what each step asks of the Hugging Face libraries. The folder `steps` makes every step
 # robust. Slow steps leave their results on disk and find them there the next time: after a disconnect, run
 # everything again. On the sample the test accuracy is 0.847 (95 % interval 0.753 to 0.930, n = 72, seed 42;
 # 2 CPU cores, torch 2.13.0, transformers 5.23.0).
@@ -49,7 +49,7 @@ RECIPES = {
     "default": {
         "num_train_epochs": 4.0,
         "per_device_train_batch_size": 8,
-        "min_steps": 300,  # where 8 images per step give fewer steps: 4, 2 or 1 per step
+        "min_steps": 300,  # with few images: 4, 2 or 1 per step to reach it
         "learning_rate": 2e-5,  # of the head, at its peak
         "layer_decay": 0.85,  # every layer learns at 0.85 times the rate of the layer above it
         "lr_scheduler_type": "cosine",  # from the peak down to 0
@@ -98,40 +98,40 @@ if settings.predict or settings.demo:  # only use a finished model: see step 11
 # ## 1 · Workspace
 #
 # `--output_dir` belongs to one run. Its `settings.json` records how the run was made; once something has been
-# trained, settings that would change the result are refused. On Colab it lies on Google Drive, which outlives
-# the machine. What would fail late is tried now: the pretrained checkpoint is read and, with `--push_to_hub`,
-# the Hub is asked whether we may write there.
+# trained, settings that would change the result are refused. On Colab the folder lies on Google Drive, which
+# outlives the machine. What would fail late is tried now: the pretrained checkpoint is read and, with
+# `--push_to_hub`, the Hub is asked whether we may write there.
 
 # %%
 from steps.publish import open_hub
 from steps.workspace import choose_checkpoint, open_workspace
 
 work = open_workspace(settings, training)
-checkpoint = choose_checkpoint(work)  # this run's finished model, else the pretrained ViT
+checkpoint = choose_checkpoint(work)  # this run's finished model, else the pretrained one
 hub = open_hub(work)  # the model's name on the Hub; "" without --push_to_hub
 
 # %% [markdown]
 # ## 2 · Download
 #
 # The archive is downloaded once and unpacked once. A download that was cut off goes on where it stopped.
-# `--dataset_name` does the same with a data set of the Hub. With `--data_dir` there is nothing to do.
+# `--dataset_name` fetches a data set of the Hub instead. With `--data_dir` there is nothing to do.
 
 # %%
 from steps.download import fetch_images
 
 with training.main_process_first(local=False):  # under torchrun the others wait, then find its result
-    image_folder, origin = fetch_images(work)  # origin: the archive's URL, size and SHA-256, or {}
+    image_folder, origin = fetch_images(work)  # origin: URL and SHA-256, or revision on the Hub
 
 # %% [markdown]
 # ## 3 · Load
 #
-# Whatever you have becomes one table: file, label and, where they are known, split and group (the patient).
+# Whatever you have becomes one table: file, label and, where known, split and patient (column `group`).
 # Labels are the names of folders, or a column of `--metadata FILE.csv`; the README shows what is understood.
-# Then `datasets` reads the files as an *imagefolder*. Nothing is decoded yet.
+# Then `datasets` lists the files as an *imagefolder*, and our table gives the labels. Nothing is decoded yet.
 
 # %%
 from datasets import load_dataset
-from steps.load import check_labels, find_images, load_external, paths_of, record_data
+from steps.load import attach_labels, find_images, load_external, paths_of, record_data
 
 with training.main_process_first(local=False):
     table, left_out = find_images(image_folder, settings)
@@ -142,7 +142,7 @@ with training.main_process_first(local=False):
         drop_labels=True,  # it knows only the folder that a file lies in: the labels are in our table
         cache_dir=str(work.cache),
     )
-    images = check_labels(images, table, image_folder)
+    images = attach_labels(images, table, image_folder)
     record_data(images, image_folder, origin, work)
     class_names = images.features["label"].names
     if settings.external_dir:
@@ -176,9 +176,9 @@ show_examples(images, image_folder, shape)
 # The model learns from the training images, the validation images choose its best epoch, and the test images
 # are looked at once, at the end. Frames of one examination can be nearly the same picture. With one in
 # training and another in the test set, the score measures memory. So near-duplicates are found first: what a
-# chain of them connects is a *scene*. A *group* is a patient, if known, with the scenes that touch it, else a
-# scene, and no group is divided. On 1,126 real endoscopy images a random split gives an accuracy of 0.966; a
-# split by whole scenes, with the same recipe, gives 0.906. A split that you give is kept as it is.
+# chain of them connects is a *scene*. A *group* is a patient with all scenes that hold its images, or a scene
+# if no patient is known; no group is divided. On 1,126 real endoscopy images a random split gives an accuracy
+# of 0.966; a split by whole scenes, with the same recipe, gives 0.906. A split that you give comes first.
 
 # %%
 from steps.duplicates import find_scenes
@@ -205,7 +205,7 @@ def make_model(checkpoint: str) -> tuple[PreTrainedModel, bool]:
     """Return the model and whether its head is new."""
     model, loading = AutoModelForImageClassification.from_pretrained(
         checkpoint,
-        architectures=[],  # one head, even if it was made with two, as DeiT was
+        architectures=[],  # one head: some DeiT were made with two
         id2label=dict(enumerate(class_names)),
         label2id={name: label for label, name in enumerate(class_names)},
         dtype=torch.float32,  # even if the checkpoint has 16 bits: those would lose small updates

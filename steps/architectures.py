@@ -12,13 +12,13 @@ from transformers.utils import cached_file
 
 # `model_type` in config.json. All of these end in one linear layer, `classifier`, and none needs torchvision.
 TYPES = "vit deit dinov2 dinov2_with_registers beit swin swinv2 convnext convnextv2 siglip".split()
-# They take images of any size; the others have position embeddings for one.
+# They take images of any size; the others take the one that they were made for.
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "convnext", "convnextv2")
 # Transformers cannot compute their activations again to save memory.
 NO_CHECKPOINTING = ("convnext", "convnextv2")
 # Their head reads a class token that attends to the whole image: there is attention to show.
 CLASS_TOKEN = ("vit", "deit", "dinov2", "dinov2_with_registers")
-# Their own loss is the mean of a batch, although it accepts the Trainer's count of all accumulated images.
+# Their loss is the mean of one batch and ignores the Trainer's count over accumulated batches.
 MEAN_LOSS = ("beit", "swinv2", "siglip")
 # What a checkpoint for other tasks may lack: BEiT's norm in front of the head is for classification alone.
 HEAD = ("classifier.", "beit.pooler.")
@@ -44,7 +44,7 @@ def check_checkpoint(name: str) -> PreTrainedConfig:
     sides = (size, size) if isinstance(size, int) else tuple(size)
     fits = shape[1:] == sides or kind in ANY_SIZE
     if shape[0] != vision.num_channels or shape[1] != shape[2] or not fits:
-        raise ValueError(f"it prepares {shape} pixels for a {kind} of {sides} pixels")
+        raise ValueError(f"its processor makes {shape} pixels, but its {kind} takes {sides}")
     open_weights(name)
     return config
 

@@ -80,9 +80,13 @@ def refuse_hostile(members: Iterable[Any], archive: Path) -> Iterator[zipfile.Zi
 
 
 def class_root(folder: Path) -> Path:
-    """Descend while a folder holds one folder that holds folders: archives wrap class folders so."""
+    """Descend while a folder holds one folder that holds folders: archives wrap class folders so.
+
+    A table of the images stays in reach.
+    """
     inside = [entry for entry in visible(folder) if entry.is_dir()]
     wrapped = len(inside) == 1 and any(entry.is_dir() for entry in visible(inside[0]))
+    wrapped = wrapped and not any(entry.name.startswith("metadata.") for entry in visible(folder))
     return class_root(inside[0]) if wrapped else folder
 
 

@@ -10,11 +10,12 @@ from .options import Settings
 COLUMN_WORDS = {
     "image": """file filename filepath path image imagefilename imagefile imagepath imagename imageid
     imageindex img imgpath imgname imgid idcode isicid""",
-    "label": """label labels class classname diagnosis dx target finding findings findinglabels category
-    grade level""",
+    "label": """label labels class classname diagnosis diagnostic dx target finding findings findinglabels
+    category grade level""",
     "split": "split set subset partition",
-    "group": """group patient patientid patientname subject subjectid person personid case caseid examination
-    exam examid study studyid video videoid sequence sequenceid lesion lesionid""",
+    "group": """patient patientid patientname subject subjectid person personid case caseid examination
+    exam examid study studyid video videoid sequence sequenceid lesion lesionid
+    group""",
 }
 # The words of `datasets` for a split: what we call it.
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}

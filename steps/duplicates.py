@@ -27,7 +27,7 @@ class Scenes:
 
 
 def find_scenes(images: Dataset, shape: tuple[int, int, int], path: Path) -> Scenes:
-    """Return the pairs and groups of `images`; the CSV file `path` records the pairs, found there again."""
+    """Return the pairs and groups of `images`. The CSV file `path` has the pairs, or gets them."""
     pairs, known = find_pairs(images, shape, path), "group" in images.column_names
     return Scenes(pairs, group_images(images["file"][:], pairs, images["group"][:] if known else ()))
 
@@ -97,32 +97,31 @@ def group_images(files: list[str], pairs: pd.DataFrame, patients: Sequence[str] 
     """Return the group, int, of each of `files` (the index): what a chain of near-duplicates connects.
 
     The images of a patient belong together, too; `patients` has one of each file, "" where not known. Chains
-    can run away, in large folders or where all pictures are alike: a group of more than 50 images, a tenth of
-    them and two of the largest patients is connected anew at smaller and smaller distances.
+    can run away, in large folders or where all pictures are alike: a group that is larger than 50 images, a
+    tenth of all images and twice the largest patient is connected anew at smaller and smaller distances.
     """
     row = {file: row for row, file in enumerate(files)}
-    known = {patient: number for number, patient in enumerate(patients) if patient}  # its last image
-    own = np.array([[number, known[patient]] for number, patient in enumerate(patients) if patient], int)
+    last = {patient: number for number, patient in enumerate(patients) if patient}
+    own = np.array([[number, last[patient]] for number, patient in enumerate(patients) if patient], int)
     pairs = pairs[pairs["file_a"].isin(row) & pairs["file_b"].isin(row)]
     a, b = (pairs[name].map(row).to_numpy(int) for name in ("file_a", "file_b"))
-    keep, distance = np.full(len(pairs), True), pairs["distance"].to_numpy()
+    distance, keep, large = pairs["distance"].to_numpy(), np.full(len(pairs), True), np.full(len(files), True)
     most = max(50, len(files) / 10, 2 * np.bincount(own[:, 1] if len(own) else [0]).max())
-    closer_still = [0.75, 0.5, 0.25, 0]
-    if len(own):  # patients stay whole: only copies to the bit may join them, where all else runs away
-        closer_still.append(0)
-    for closer in closer_still:
+    # Patients stay whole without pairs, so that at last only equal thumbnails need to join them.
+    for closer in (1, 0.75, 0.5, 0.25, 0) if len(own) else (1, 0.75, 0.5, 0.25):
+        keep &= ~large[a] | (distance <= closer * NEAR)
         ends = np.vstack([np.column_stack([a, b])[keep], own.reshape(-1, 2)]).T
         links = scipy.sparse.coo_array((np.ones(ends.shape[1]), ends), shape=(len(files), len(files)))
         group = scipy.sparse.csgraph.connected_components(links, directed=False)[1]
         large = np.bincount(group)[group] > most
-        keep &= ~large[a] | (distance <= closer * NEAR)
     return pd.Series(group, files)
 
 
 def count_pairs(scenes: Scenes, splits: DatasetDict) -> dict[str, int]:
     """Return the numbers of groups and near-duplicate pairs: all, across splits, with two labels.
 
-    Where patients are known, also how many patients and scenes there are, and patients on two sides.
+    Where patients are known, also of patients, of those both in the test and outside it, of images without
+    one, and of scenes.
     """
     side = {file: name for name, part in splits.items() for file in part["file"]}
     pairs = scenes.pairs
@@ -130,11 +129,13 @@ def count_pairs(scenes: Scenes, splits: DatasetDict) -> dict[str, int]:
     a, b = pairs["file_a"].map(side), pairs["file_b"].map(side)
     patients = {}
     if all("group" in part.column_names for part in splits.values()):
-        of = pd.concat([pd.Series(part["group"][:], part["file"][:]) for part in splits.values()])
-        of = of[of != ""].to_dict()  # patient by file
-        tested = pd.Series(side)[list(of)].eq("test").groupby(of).agg(["any", "all"])
+        known = pd.concat([pd.Series(part["group"][:], part["file"][:]) for part in splits.values()])
+        known = known[~known.index.duplicated()]  # test images may validate, too
+        patient = known[known != ""]
+        tested = pd.Series(side)[patient.index].eq("test").groupby(patient).agg(["any", "all"])
         divided = tested["any"] & ~tested["all"]
         patients = {"patients": len(tested), "patients_across_test": int(divided.sum())}
+        patients["images_without_patient"] = len(known) - len(patient)
         patients["scenes"] = group_images(list(side), pairs).nunique()
     return patients | {
         "groups": scenes.groups[list(side)].nunique(),

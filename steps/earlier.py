@@ -25,7 +25,6 @@ def find_earlier(work: Workspace) -> pd.Series | None:
     if not found:
         log.warning("warning: %s has no report/split.csv: it may have learned some of the test images", name)
         return pd.Series(dtype=object)
-    log.info("%s keeps its split, and new images are added to it", name)
     return read_table(found, ["file", "split"]).set_index("file")["split"]
 
 
@@ -39,8 +38,8 @@ def fetch(name: str, file: str) -> Path | None:
 def record_earlier(earlier: pd.Series | None, split: pd.Series, work: Workspace) -> None:
     """Note in settings.json how a split, by file, agrees with that of an earlier model.
 
-    kept: images in both; new: in this alone; absent: learned by the model, but not here; learned: by the
-    model, and in the test. The last two draw a warning.
+    kept: images in both; new: in this one only; absent: learned by the model, but not here; learned: test
+    images that the model has learned. The last two draw a warning.
     """
     path = work.output_dir / "settings.json"
     record = read_json(path)
@@ -50,15 +49,14 @@ def record_earlier(earlier: pd.Series | None, split: pd.Series, work: Workspace)
         kept, tested = split.index.isin(earlier.index), split.index[split == "test"]
         counts = {"kept": kept, "new": ~kept, "absent": ~learned.isin(split.index)}
         counts["learned"] = tested.isin(learned)
-        record["earlier"] = {key: int(found.sum()) for key, found in counts.items()}
-        for key, text in (
-            (
-                "absent",
-                "%s images that %s has learned are not here: the test may hold near-duplicates of them",
-            ),
-            ("learned", "%s test images were learned by %s: the score is flattered"),
-        ):
-            if record["earlier"][key]:
-                log.warning(f"warning: {text}", record["earlier"][key], name)
+        record["earlier"] = counts = {key: int(found.sum()) for key, found in counts.items()}
+        if counts["absent"]:
+            text = (
+                "warning: %s images that %s has learned are not here by these names: the test may hold them"
+            )
+            log.warning(text, counts["absent"], name)
+        if counts["learned"]:
+            text = "warning: %s test images are among those that %s has learned: the score will be optimistic"
+            log.warning(text, counts["learned"], name)
     if before != record.get("earlier"):
         write_json(path, record)

@@ -121,7 +121,7 @@ def download(builder: DatasetBuilder, info: hub.DatasetInfo, folder: Path) -> No
     base, known = f"hf://datasets/{builder.repo_id}@{info.sha}/", builder.config.data_files
     splits = {split: [url.removeprefix(base) for url in urls] for split, urls in known.items()}
     wanted, sizes = set().union(*splits.values()), {file.rfilename: file.size or 0 for file in info.siblings}
-    if elsewhere := sorted(wanted - sizes.keys()):  # a URL; or a folder here has the data set's name
+    if elsewhere := sorted(wanted - sizes.keys()):  # a URL, or a local folder with the data set's name
         stop(f"{builder.repo_id} has files elsewhere: {elsewhere[0]}", "download them, and give --data_dir")
     size = sum(map(sizes.get, wanted))
     log.info("downloading %s files, %.1f MB", f"{len(wanted):,}", size / 1e6)
@@ -136,7 +136,7 @@ def download(builder: DatasetBuilder, info: hub.DatasetInfo, folder: Path) -> No
     def fetch() -> None:
         hub.snapshot_download(builder.repo_id, repo_type="dataset", revision=info.sha, **options)
         if lacking := [file for file in wanted if not (folder / file).is_file()]:
-            raise ConnectionError(f"{len(lacking)} files did not come")
+            raise ConnectionError(f"{len(lacking)} files did not arrive")
 
     retry(fetch, when=may_pass)
     local = {split: [str(folder / file) for file in files] for split, files in splits.items()}

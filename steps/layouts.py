@@ -9,13 +9,13 @@ from typing import NoReturn
 import pandas as pd
 
 from .archives import visible
-from .columns import SPLIT_WORDS
+from .columns import COLUMN_WORDS, SPLIT_WORDS, plain
 from .console import log, stop
 
 ACCEPTED = (
     "CLASS/image, CLASS/PATIENT/image, PATIENT/CLASS/image, each of them also in train/, validation/, test/"
 )
-TABLE = "or name the label of each image in a table: --metadata FILE.csv"
+TABLE = "name the label of each image in a table: --metadata FILE.csv"
 
 
 def refuse(problem: str, remedy: str, files: list[str], folder: Path) -> NoReturn:
@@ -32,7 +32,7 @@ def refuse(problem: str, remedy: str, files: list[str], folder: Path) -> NoRetur
         log.info("  %s images: %s%s", name, count, f"; folders: {more}" if inside else "")
     if len(tree) > 7:
         log.info("  … and %s more", len(tree) - 6)
-    log.info("accepted: %s; %s", ACCEPTED, TABLE)
+    log.info("accepted: %s; or %s", ACCEPTED, TABLE)
     stop(problem, remedy)
 
 
@@ -56,7 +56,7 @@ def read_folders(files: list[str], folder: Path, group_by: str | None) -> pd.Dat
     if loose := [file for file, path in paths.items() if not path]:
         if len(loose) == len(files):
             problem = f"the images in {folder} have no class folders"
-            refuse(problem, f"sort them into such, {TABLE}", files, folder)
+            refuse(problem, f"sort them into class folders, or {TABLE}", files, folder)
         problem = f"{len(loose)} of the images lie beside the class folders, such as {loose[0]}"
         refuse(problem, "move them away", files, folder)
     how = group_by or choose_level(paths, files, folder)
@@ -64,85 +64,110 @@ def read_folders(files: list[str], folder: Path, group_by: str | None) -> pd.Dat
     for file, path in paths.items():
         if len(path) <= level:
             refuse(f"{file} is in no folder below {path[0]}", "give another --group_by", files, folder)
-    other = {"parent": 0, "folder": 1}.get(how)
+    say_how(how, paths, bool(splits))
     label = [path[level] for path in paths.values()]
-    group = ["" if other is None else "".join(path[other : other + 1]) for path in paths.values()]
+    patient = {"parent": 0, "folder": 1, "none": None}[how]
+    known = [patient is not None and len(path) > patient for path in paths.values()]
+    group = [path[patient] if here else "" for path, here in zip(paths.values(), known, strict=True)]
     split = [splits[file.split("/")[0]] if splits else "" for file in files]
-    if splits or how != "none" or any(len(path) > 1 for path in paths.values()):
-        words = {"none": "CLASS", "folder": "CLASS/PATIENT", "parent": "PATIENT/CLASS"}[how]
-        log.info("understood as %s%s/image", "SPLIT/" if splits else "", words)
-    if how == "none" and (deep := {"/".join(path[:2]) for path in paths.values() if len(set(path)) > 1}):
-        text = "%s folders lie in the class folders, such as %s: if they are patients, give --group_by folder"
-        log.info(text, len(deep), min(deep))
     return pd.DataFrame({"file": files, "label": label, "split": split, "group": group})
 
 
-def find_splits(files: list[str], folder: Path) -> dict[str, str] | None:
-    """Return {first folder: its split} if class folders lie in them; train and test may be classes, too."""
-    nested = [file for file in files if file.count("/") > 1]
-    splits = read_splits(files)
-    tops = {file.split("/")[0] for file in nested}
-    if splits and len(nested) == len(files):
-        return splits
-    if splits and not nested and len(splits) > 1:
-        log.warning(
-            "warning: the classes are called %s: if these are splits, %s",
-            ", ".join(sorted(splits)),
-            TABLE[3:],
+def read_around(files: list[str], group_by: str | None, labels: set[str]) -> pd.DataFrame:
+    """Return what folders say where a table gives the `labels`: columns file, split, folder, group.
+
+    `folder` is the first one, within a split. With a `group_by` of "folder" or "parent", the group is the
+    first folder that is not called like a class.
+    """
+    splits, rows = read_splits(files) or {}, []
+    for file in files:
+        path = file.split("/")[:-1]
+        split = splits.get(path[0], "") if path else ""
+        path = path[1:] if split else path
+        patients = (
+            [name for name in path[:2] if name not in labels] if group_by in ("folder", "parent") else []
         )
+        rows.append((file, split, path[0] if path else "", patients[0] if patients else ""))
+    return pd.DataFrame(rows, columns=["file", "split", "folder", "group"])
+
+
+def say_how(how: str, paths: dict[str, list[str]], splits: bool) -> None:
+    """Log how folders are read, unless they are class folders and no more."""
+    if splits or how != "none" or any(len(path) > 1 for path in paths.values()):
+        words = {"none": "CLASS", "folder": "CLASS/PATIENT", "parent": "PATIENT/CLASS"}[how]
+        log.info("understood as %s%s/image", "SPLIT/" if splits else "", words)
+    deep = {"/".join(path[:2]) for path in paths.values() if len(set(path)) > 1}  # and not cat/cat
+    if how == "none" and deep:
+        text = "warning: %s folders lie in the class folders, such as %s: if they are patients, "
+        log.warning(text + "give --group_by folder", len(deep), min(deep))
+
+
+def find_splits(files: list[str], folder: Path) -> dict[str, str] | None:
+    """Return {first folder: its split} if they hold class folders; else train and test may be classes."""
+    splits, loose = read_splits(files), [file for file in files if file.count("/") < 2]
+    if splits and not loose:
+        return splits
+    if splits and len(loose) == len(files) and len(splits) > 1:
+        text = "warning: the classes are called %s: if these are splits, %s"
+        log.warning(text, ", ".join(sorted(splits)), TABLE)
+    tops = {file.split("/")[0] for file in set(files) - set(loose)}
     named = sorted(top for top in tops if top.casefold() in SPLIT_WORDS)
     if named and (splits or len(named) > 1):
-        others = sorted(
-            {file.split("/")[0] for file in files if file not in set(nested)} | (tops - set(named))
-        )
-        problem = f"{', '.join(named)} hold class folders, as splits do, but {', '.join(others)} does not"
-        remedy = f"move it away, or give --data_dir {folder / named[0]} to use only that"
+        strange = min(loose or [file for file in files if file.split("/")[0] not in named])
+        problem = f"{', '.join(named)} look like splits that hold class folders, but {strange} does not fit"
+        remedy = f"move such images away, or give --data_dir {folder / named[0]} to use only that"
         refuse(problem, remedy, files, folder)
     return None
 
 
 def looks_like_ids(names: Collection[str]) -> bool:
-    """Say whether names are a word and a number, as those of patients are: p1, case_07; or many numbers."""
+    """Say whether names are those of patients: p1, case_07; or at least 20 of any word and a number."""
     shapes = {re.sub(r"\d+", "0", name) for name in names}
-    return len(shapes) == 1 and "0" in min(shapes) and (shapes != {"0"} or len(names) >= 10)
+    words = ["p", "pt", "pat", "s", "sub", "subj", "id", *COLUMN_WORDS["group"].split()]
+    known = len(shapes) == 1 and plain(min(shapes)).rstrip("0") in words
+    return len(shapes) == 1 and "0" in min(shapes) and (known or len(names) >= 20)
 
 
 def choose_level(paths: dict[str, list[str]], files: list[str], folder: Path) -> str:
-    """Return "none" if the first folder is the label, "parent" if the second is. SystemExit if unclear."""
+    """Return "none" if the first folder is the label, "parent" if the second is. SystemExit if unclear.
+
+    The second is, if the first ones look like the IDs of patients and the same few names return in them.
+    """
     inside = defaultdict(set)
-    for path in paths.values():
+    for path in paths.values():  # of cat/cat/1.jpg the first folder counts
         inside[path[0]].add("" if len(path) == 1 or path[1] == path[0] else path[1])
     tops, below = inside.keys(), set().union(*inside.values())
     for top, names in inside.items():
-        if len(names & tops) > 1 or (names & tops and len(names) == len(names & tops)):
-            remedy = f"delete one of the two, or give --data_dir {folder / top}"
-            refuse(f"{top} in {folder} holds folders called like those beside it", remedy, files, folder)
-    if below == {""} or len(tops) < 2:
+        shared = names & tops
+        if len(shared) > 1 or (shared and shared == names):
+            problem = f"{top} in {folder} holds folders with the same names as those beside it"
+            refuse(problem, f"delete the copy, or give --data_dir {folder / top}", files, folder)
+    below -= {""}
+    if not below or len(tops) < 2:
         return "none"
-    nested = [top for top, names in inside.items() if "" not in names]
-    remedy = (
-        "say which are the classes: --group_by none (the first folders), folder (the first; those in them "
-    )
-    remedy += "are patients) or parent (the second; the first are patients)"
-    if 0 < len(nested) < len(tops) and [top for top, names in inside.items() if names == {""}]:
-        problem = f"some images in {folder} lie in a first folder, others deeper, in {nested[0]}"
+    remedy = "say how to read them: --group_by none (CLASS), folder (CLASS/PATIENT), parent (PATIENT/CLASS)"
+    deeper = [top for top, names in inside.items() if "" not in names]
+    if deeper and {""} in inside.values():
+        problem = f"some images lie directly in a folder of {folder}, others deeper, as in {deeper[0]}"
         refuse(problem, remedy, files, folder)
-    crossed = sum(map(len, inside.values())) >= 2 * len(below)
+    crossed = sum(len(names - {""}) for names in inside.values()) >= 2 * len(below)
     patients_first = looks_like_ids(tops)
-    if "" in below or len(below) < 2 or (not crossed and not (patients_first and len(below) <= len(tops))):
+    if len(below) < 2 or (not crossed and not (patients_first and len(below) <= len(tops))):
         return "none"
-    if patients_first == looks_like_ids(below) or (patients_first and not crossed):
-        problem = (
-            f"the folders in {folder} can be read in two ways: {min(tops)} or {min(below)} may be a class"
-        )
-        refuse(problem, remedy, files, folder)
-    return "parent" if patients_first else "none"
+    if patients_first and crossed and len(deeper) == len(tops) and not looks_like_ids(below):
+        if not below <= {name for name in below if name.casefold() in SPLIT_WORDS}:
+            return "parent"
+    if patients_first or not looks_like_ids(below):
+        either = f"{min(tops)} or {min(below)} may be a class"
+        refuse(f"the folders in {folder} can be read in two ways: {either}", remedy, files, folder)
+    return "none"
 
 
 def refuse_empty(files: list[str], folder: Path, inside: Iterable[str] = ("",)) -> None:
     """Raise SystemExit if a class folder, in `folder` or in the folders `inside` it, holds no image."""
     for name in inside:
-        filled = {file.removeprefix(f"{name}/").split("/")[0] for file in files if file.startswith(name)}
+        start = f"{name}/" if name else ""
+        filled = {file.removeprefix(start).split("/")[0] for file in files if file.startswith(start)}
         empty = {entry.name for entry in visible(folder / name) if entry.is_dir()} - filled
         if empty:
             stop(f"no images in {', '.join(sorted(empty))}", "fill or delete these folders")

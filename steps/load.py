@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import pandas as pd
@@ -20,9 +20,9 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from .archives import HIDDEN
 from .console import log, stop
 from .files import COLUMNS, read_json, sha256_of, write_json
-from .layouts import read_folders, read_splits, refuse_empty
+from .layouts import read_around, read_folders, read_splits, refuse_empty
 from .options import KVASIR_URL, Settings
-from .tables import find_tables, read_rows
+from .rows import join_rows, read_rows
 from .workspace import SAMPLE, Workspace, forget_split, is_trained
 
 KVASIR = {  # its terms and citation are in templates/model_card.md
@@ -50,11 +50,16 @@ def readable_kinds() -> set[str]:
     return kinds
 
 
+def fail(problem: OSError) -> NoReturn:
+    """Raise: `os.walk` passes over folders that cannot be read."""
+    raise problem
+
+
 def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Return the paths of all image files below `folder`, and {path: reason} of what is left out."""
     taken, left_out, kinds = [], {}, tuple(readable_kinds())
     seen = {os.path.realpath(folder)}  # links may lead in circles
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         found = [name for name in sorted(folders, reverse=True) if not name.startswith(HIDDEN)]
         inside = {os.path.realpath(os.path.join(root, name)): name for name in found}
         folders[:] = [name for path, name in inside.items() if path not in seen]
@@ -67,7 +72,7 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
                 if ending in OTHER_IMAGES:
                     left_out[path] = f"{ending} files, which Pillow does not read here"
                 elif ending in ARCHIVES:
-                    left_out[path] = "archives, which are read one at a time: give it as --data_url"
+                    left_out[path] = "archives: give one as --data_url"
             elif not os.path.isfile(path):
                 left_out[path] = "dead links or not files"
             elif re.search("::|://|[\ud800-\udfff]", path):  # taken for a URL, or not UTF-8
@@ -81,8 +86,8 @@ def find_images(folder: Path, settings: Settings) -> tuple[pd.DataFrame, dict[st
     """Return the table of the images below `folder`, ordered by name, and {what is left out: why}.
 
     Columns, all str: `file`, relative to `folder`, with forward slashes; `label`; and, where a table or the
-    folders say them, `split` ("train", "validation", "test") and `group` (the patient, "" if unknown). What a
-    table says goes before what folders say. Raises SystemExit where labels are missing or unclear.
+    folders say them, `split` ("train", "validation", "test") and `group` (the patient, "" if unknown). Where
+    both say something, the table counts. Raises SystemExit where labels are missing or unclear.
     """
     paths, left_out = list_images(folder)
     left_out = {os.path.relpath(path, folder): reason for path, reason in left_out.items()}
@@ -90,37 +95,32 @@ def find_images(folder: Path, settings: Settings) -> tuple[pd.DataFrame, dict[st
         found = f"; {len(left_out)} files left out: {summary(left_out.values())}" if left_out else ""
         stop(f"no images in {folder}{found}", "give a folder that holds one folder for each class")
     files = sorted(Path(os.path.relpath(path, folder)).as_posix() for path in paths)
-    rows = pd.DataFrame()
-    for path in find_tables(folder, settings):
-        more, reasons = read_rows(path, files, folder, settings)
-        rows, left_out = pd.concat([rows, more]), left_out | reasons
-    if "label" not in rows:
-        refuse_empty(files, folder, read_splits(files) or [""])
-        table = read_folders(files, folder, settings.group_by)
+    rows, more = read_rows(files, folder, settings)
+    left_out |= more
+    named = [file for file in files if file not in more]
+    if rows is not None and "label" in rows:
+        table = read_around(named, settings.group_by, set(rows["label"]))
     else:
-        splits = read_splits(files) or {}
-        table = pd.DataFrame({"file": files, "split": [splits.get(file.split("/")[0], "") for file in files]})
-    if len(rows):
-        table = join_rows(table, rows.drop_duplicates("file"), left_out)
-    table["label"] = [unicodedata.normalize("NFC", label) for label in table["label"]]
-    known = [name for name in ("split", "group") if name in table and table[name].any()]
-    known = [name for name in known if name == "group" or table["split"].nunique() > 1]
+        refuse_empty(files, folder, read_splits(files) or [""])
+        table = read_folders(named, folder, settings.group_by) if named else pd.DataFrame({"file": []})
+    if rows is not None:
+        table = join_rows(table, rows, left_out)
+    if table.empty:
+        stop(f"no image of {folder} is left: {summary(left_out.values())}", "correct the table")
+    table["label"] = plain_names(table["label"])
+    fewest = {"split": 2, "group": 1}  # one split alone is no split
+    known = [name for name, n in fewest.items() if name in table and len({*table[name]} - {""}) >= n]
     return table[["file", "label", *known]].reset_index(drop=True), left_out
 
 
-def join_rows(table: pd.DataFrame, rows: pd.DataFrame, left_out: dict[str, str]) -> pd.DataFrame:
-    """Return `table` with what `rows` say of each file; add to `left_out` the files that they do not name."""
-    rows = rows.set_index("file")
-    named = table["file"].isin(rows.index)
-    for file in table["file"][~named]:
-        left_out.setdefault(file, "images without a row")
-    table = table[named].set_index("file")
-    table = rows.reindex(table.index).combine_first(table)  # the rows say more, or otherwise
-    if "label" in rows:
-        tops = table.index.str.split("/").str[0]
-        against = tops.isin(set(rows["label"])) & (tops != table["label"])
-        left_out |= dict.fromkeys(table.index[against], "images whose row and folder name different classes")
-    return table[~table.index.isin(left_out)].reset_index()
+def plain_names(labels: Iterable[str]) -> list[str]:
+    """Return labels in NFC. Raises SystemExit if two differ only in form, case or outer blanks."""
+    looks = {}
+    for label in sorted(set(labels)):
+        look = unicodedata.normalize("NFC", label).casefold().strip()
+        if (other := looks.setdefault(look, label)) != label:
+            stop(f"the classes {other!r} and {label!r} have the same name", "rename one, or join the two")
+    return [unicodedata.normalize("NFC", label) for label in labels]
 
 
 def summary(reasons: Iterable[str]) -> str:
@@ -141,7 +141,7 @@ def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, list[str]]:
     return {"train": [glob.escape(str(folder / file)) for file in table["file"]]}
 
 
-def check_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
+def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
     """Return the table as a `Dataset`, with `label` a ClassLabel of the sorted names.
 
     `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing, and on a
@@ -172,7 +172,7 @@ def load_folder(folder: Path, settings: Settings, cache: Path) -> tuple[Dataset,
     table, left_out = find_images(folder, settings)
     options = {"data_files": paths_of(table, folder), "cache_dir": str(cache)}
     images = load_dataset("imagefolder", split="train", drop_labels=True, **options)
-    return check_labels(images, table, folder), left_out
+    return attach_labels(images, table, folder), left_out
 
 
 def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dict[str, str]]:

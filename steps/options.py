@@ -19,18 +19,22 @@ def setting(default: Any, help: str, metavar: str = "", **options: Any) -> Any:
 class Settings:
     """Where the images come from, which model to start from, how to split, what to report."""
 
-    data_url: str = setting(KVASIR_URL, "Archive (zip or tar) of class folders: URL or path.", "URL")
+    data_url: str = setting(KVASIR_URL, "Archive (zip or tar) of labelled images: URL or path.", "URL")
     data_sha256: str | None = setting(None, "SHA-256 that the archive must have, in hex.", "HEX")
-    data_dir: str | None = setting(None, "Folder of class folders; replaces data_url.", "FOLDER")
+    data_dir: str | None = setting(None, "Folder of labelled images; replaces data_url.", "FOLDER")
     dataset_name: str | None = setting(None, "Data set on the Hub; replaces data_url.", "OWNER/NAME")
-    dataset_config_name: str | None = setting(None, "Its configuration, if it has several.", "NAME")
+    dataset_config_name: str | None = setting(
+        None, "Configuration of the data set, if it has several.", "NAME"
+    )
     dataset_revision: str | None = setting(None, "Its branch, tag or commit; default: the newest.", "NAME")
     metadata: str | None = setting(None, "CSV or TSV table with a row per image.", "FILE")
-    image_column_name: str | None = setting(None, "Its column of file names, or of images.", "NAME")
-    label_column_name: list[str] | None = setting(None, "Its column of labels, or one per class.", "NAME ...")
-    split_column_name: str | None = setting(None, "Its column of splits.", "NAME")
-    group_column_name: str | None = setting(None, "Its column of patients, cases or videos.", "NAME")
-    group_by: str | None = setting(None, "Folders that are patients, below or above those of classes.", "HOW")
+    image_column_name: str | None = setting(None, "Image column of the table, or of the data set.", "NAME")
+    label_column_name: list[str] | None = setting(
+        None, "Label column, or one 0/1 column per class.", "NAME ..."
+    )
+    split_column_name: str | None = setting(None, "Column of the splits.", "NAME")
+    group_column_name: str | None = setting(None, "Column of the patients, cases or videos.", "NAME")
+    group_by: str | None = setting(None, "folder: CLASS/PATIENT, parent: PATIENT/CLASS, or none.", "HOW")
     data_root: str = setting("data", "Folder for archives, unpacked images and caches.", "FOLDER")
     endoscopy: bool = setting(False, "Endoscopic images: the card explains their overlays.")
     model_name_or_path: str = setting(VIT_BASE, "Pretrained model: name on the Hub, or folder.", "MODEL")
@@ -39,7 +43,7 @@ class Settings:
     validation_size: float = setting(
         0.15, "Share that chooses the epoch; 0: the test images do, and flatter the score.", "SHARE"
     )
-    split_by: str | None = setting(None, "near-duplicates or random; default: as given, if it is.", "HOW")
+    split_by: str | None = setting(None, "near-duplicates, random; default: your split, if any.", "HOW")
     augment: str = setting("", "Vary training images by any of flip,turn,crop,colour.", "KINDS")
     linear_probe: bool = setting(False, "Fit the head to the pretrained features first.", "BOOL")
     layer_decay: float = setting(1.0, "Each layer's learning rate, as a share of the next one's.", "SHARE")
@@ -48,7 +52,7 @@ class Settings:
     class_weights: bool = setting(False, "Weight the loss so that all classes count the same.", "BOOL")
     evaluate_train: bool = setting(False, "Report the metrics on the training images, too.")
     cross_validate: int = setting(0, "Train K more models on K folds; report mean and spread.", "K")
-    external_dir: str | None = setting(None, "Another folder of class folders to test on.", "FOLDER")
+    external_dir: str | None = setting(None, "Labelled images from elsewhere, to test on.", "FOLDER")
     hub_space_id: str | None = setting(None, "With --push_to_hub: Space for the model's page.", "ID")
     predict: list[str] | None = setting(None, "Do not train: classify images, folders, archives.", "PATH ...")
     predictions_file: str | None = setting(None, "CSV file for the answers of --predict.", "FILE")

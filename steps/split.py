@@ -65,6 +65,7 @@ def make_split(images: Dataset, scenes: Scenes, shares: dict[str, float], work: 
     if rule == "given":
         split = complete(np.array(images["split"], dtype=object), labels, whole, work)
     elif (before != "").any():
+        log.info("the split of %s is kept, and new images are added", work.settings.model_name_or_path)
         split = extend(before, labels, whole, work)
     else:
         total = np.bincount(labels, minlength=len(names))
@@ -80,9 +81,10 @@ def make_split(images: Dataset, scenes: Scenes, shares: dict[str, float], work: 
 
 
 def complete(split: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Workspace) -> np.ndarray:
-    """Return a given split with what it lacks: the validation images are the test, a part of train validates.
+    """Return a given split (n,), completed.
 
-    The arrays are (n,). Raises SystemExit without training images.
+    Without test images, validation becomes the test; without validation, a part of train does. Raises
+    SystemExit without training images.
     """
     if "train" not in split:
         stop("the given split has no training images", "name some, or give --split_by near-duplicates")
@@ -96,6 +98,8 @@ def complete(split: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Wo
             100 * share,
         )
         part = deal(labels[train], groups[train], [1 - share, share], work.training.seed)
+        lost = ~np.isin(labels[train], labels[train][part == 0])  # of classes with one group
+        part[np.isin(groups[train], groups[train][lost])] = 0
         split[train[part == 1]] = "validation"
     return split
 
@@ -103,8 +107,8 @@ def complete(split: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Wo
 def extend(earlier: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Workspace) -> np.ndarray:
     """Return the split of an earlier model with its new images, where `earlier` is "", dealt out (n,).
 
-    A new image that shares a group with earlier ones goes to their side, if they have several to training:
-    the model may have learned it.
+    A new image that shares a group with earlier ones goes to their side; if those are on several sides, to
+    training: the model may have learned it.
     """
     split, settings = earlier.copy(), work.settings
     for name in ("test", "validation", "train"):
@@ -181,9 +185,9 @@ def show_splits(splits: DatasetDict, scenes: Scenes) -> None:
     show(pd.concat([table, table.sum().to_frame("total").T]))
     counts = count_pairs(scenes, splits)
     if "patients" in counts:
-        log.info("%(patients)s patients and %(scenes)s scenes, joined where they touch:", counts)
+        log.info("%(patients)s patients and %(scenes)s scenes; those that share images form a group", counts)
     if counts.get("patients_across_test"):
-        text = "warning: the score will be optimistic: %s patients are in the test and outside of it"
+        text = "warning: the score will be optimistic: %s patients are both in the test and outside it"
         log.warning(text, counts["patients_across_test"])
     text = "%(groups)s groups; %(near_duplicate_pairs)s near-identical pairs, %(pairs_across_splits)s of them"
     log.info(text + " on two sides, %(conflicting_label_pairs)s with different labels", counts)

@@ -67,10 +67,10 @@ UNDERSTOOD = {  # what is there: what is made of it, as label or (label, split, 
         },
     ),
     "patients that are numbers, classes that are numbers": (
-        [f"{8800 + number}/{number % 2}/a" for number in range(12)],
+        [f"{8800 + number}/{number % 2}/a" for number in range(24)],
         {
             f"{8800 + number}/{number % 2}/a.jpg": (str(number % 2), str(8800 + number))
-            for number in range(12)
+            for number in range(24)
         },
     ),
     "patients without numbers, asked for": (
@@ -176,7 +176,7 @@ def test_layouts_that_are_understood(tmp_path, layout):
 REFUSED = {  # what is there: what the error says
     "no class folders": (
         ["/a b"],
-        "have no class folders; sort them into such, or name the label of each image",
+        "have no class folders; sort them into class folders, or name the label",
     ),
     "an image beside the class folders": (
         ["cat/a", "dog/b", "/plot.png"],
@@ -184,14 +184,26 @@ REFUSED = {  # what is there: what the error says
     ),
     "some deep, some not": (
         ["cat/a", "pets/dog/b"],
-        "others deeper, in pets; say which are the classes: --group_by",
+        "others deeper, as in pets; say how to read them: --group_by",
     ),
     "twice the same names": (
         ["color/scab/a", "color/healthy/b", "gray/scab/c", "gray/healthy/d"],
-        "two ways: color or healthy may be a class; say which are the classes: --group_by none",
+        "two ways: color or healthy may be a class; say how to read them: --group_by none",
     ),
     "images and masks": (
         ["cat/images/a", "cat/masks/b", "dog/images/c", "dog/masks/d"],
+        "can be read in two ways",
+    ),
+    "grades that hold the same": (
+        ["grade0/left/a", "grade0/right/b", "grade1/left/c", "grade1/right/d"],
+        "two ways",
+    ),
+    "classes that hold splits": (
+        ["p1/train/a", "p1/test/b", "p2/train/c", "p2/test/d"],
+        "can be read in two ways",
+    ),
+    "patients and a stray image": (
+        ["p1/cat/a", "p1/dog/b", "p2/cat/c", "p2/dog/d", "p2/e"],
         "can be read in two ways",
     ),
     "numbers in numbers": (["0/left/a", "0/right/b", "1/left/c", "1/right/d"], "can be read in two ways"),
@@ -201,15 +213,15 @@ REFUSED = {  # what is there: what the error says
     ),
     "the folder in itself": (
         ["cat/a", "dog/b", "pets/cat/a", "pets/dog/b"],
-        r"pets in .* holds folders called like those beside it; delete one .*, or give --data_dir .*/pets",
+        r"pets in .* holds folders with the same names as those beside it; .* --data_dir .*/pets",
     ),
     "train with classes, test without": (
         ["train/cat/a", "train/dog/b", "test/c d"],
-        r"train hold class folders, .*, but test does not; move it away, or give --data_dir .*/train",
+        r"train look like splits .*, but test/c.jpg does not fit; move .*, or give --data_dir .*/train",
     ),
     "splits and something else": (
         ["train/cat/a", "test/cat/b", "extra/c"],
-        "test, train hold class folders, as splits do, but extra does not",
+        "test, train look like splits that hold class folders, but extra/c.jpg does not",
     ),
     "an empty class": (["cat/a", "dog/b", "bird/readme.txt"], "no images in bird; fill or delete"),
     "an empty class in a split": (
@@ -218,7 +230,7 @@ REFUSED = {  # what is there: what the error says
     ),
     "archives": (
         ["/more.zip"],
-        "1 files left out: archives, which are read one at a time: give it as --data_url",
+        "1 files left out: archives: give one as --data_url",
     ),
     "nothing": (["/readme.txt"], "no images in .*; give a folder that holds one folder for each class"),
 }
@@ -276,16 +288,20 @@ def test_what_was_understood_is_said(tmp_path, caplog):
     assert caplog.messages == [
         "understood as SPLIT/PATIENT/CLASS/image",
         "understood as CLASS/image",
-        "2 folders lie in the class folders, such as cat/p7: if they are patients, give --group_by folder",
+        "warning: 2 folders lie in the class folders, such as cat/p7: if they are patients, "
+        "give --group_by folder",
         "warning: the classes are called test, train: if these are splits, name the label of each image in a "
         "table: --metadata FILE.csv",
     ]
 
 
-def test_names_that_are_numbered():
-    assert looks_like_ids(["p1", "p02", "p300"]) and looks_like_ids(["C1 thin", "C22 thin"])
-    assert looks_like_ids([*"0123456789"]) and not looks_like_ids([*"012345678"])
-    assert not looks_like_ids(["p1", "q2"]) and not looks_like_ids(["anna", "bert"])
+def test_names_of_patients():
+    for names in ("p1 p02 p300", "case_01 case_2", "Patient-7 Patient-12", "lesion1"):
+        assert looks_like_ids(names.split())
+    for names in ("p1 q2", "anna bert", "grade0 grade1", "class_1 class_2", "1 2 3", "p q"):
+        assert not looks_like_ids(names.split())
+    assert looks_like_ids([f"{n}" for n in range(20)]) and looks_like_ids([f"TCGA-{n}" for n in range(20)])
+    assert not looks_like_ids([f"{n}" for n in range(19)])
 
 
 def test_split_folders():

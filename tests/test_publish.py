@@ -323,9 +323,12 @@ def test_nothing_that_is_published_says_where_it_was_on_this_machine(server, tmp
 
 
 def test_a_model_of_ours_on_the_hub_brings_its_split(client, tmp_path, monkeypatch):
-    """Step 5 asks for it by the name that `--model_name_or_path` gives, and finds nothing with other models."""
+    """Step 5 asks for it by the name that `--model_name_or_path` gives; other models have none."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    published = {"config.json": '{"calibration_temperature": 1.5}', "report/split.csv": "file,split\na/1.jpg,test\n"}
+    published = {
+        "config.json": '{"calibration_temperature": 1.5}',
+        "report/split.csv": "file,split\na/1.jpg,test\n",
+    }
     for name, files in (("me/ours", published), ("me/other", {"config.json": "{}"})):
         huggingface_hub.create_repo(name)
         for file, text in files.items():

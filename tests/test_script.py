@@ -381,7 +381,7 @@ def test_patients_and_a_given_split_go_through_the_whole_run(tmp_path, make_imag
     table = ["--metadata", tmp_path / "mine.csv", "--image_column_name", "Bild"]
     done = run_script(*flags, tmp_path / "model", *table)
     assert done.returncode == 0, done.stderr
-    assert "18 patients and 35 scenes, joined where they touch" in done.stdout
+    assert "18 patients and 35 scenes; those that share images form a group" in done.stdout
     assert "2 of 37 left out: rows without an image (1), images without a row (1)" in done.stdout
     report = tmp_path / "model" / "report"
     split = pd.read_csv(report / "split.csv").set_index("file")
@@ -398,7 +398,7 @@ def test_patients_and_a_given_split_go_through_the_whole_run(tmp_path, make_imag
         35,
         18,
     )
-    assert "18 patients and 35 scenes, form 18 groups" in (tmp_path / "model" / "README.md").read_text()
+    assert "18 patients and 35 scenes form 18 groups" in (tmp_path / "model" / "README.md").read_text()
 
     done = run_script(*flags, tmp_path / "again", "--metadata", report / "split.csv", "--seed", "7")
     assert done.returncode == 0, done.stderr

@@ -210,12 +210,17 @@ def test_patients_on_two_sides_are_counted_and_said(images, tmp_path, caplog):
     sides = sides[sides.index != ""].groupby(level=0).agg(set)
     divided = sum("test" in names and len(names) > 1 for names in sides)
     counts = count_pairs(scenes, random)
-    assert counts["patients"] == 75 and counts["scenes"] == 346 and divided > 20
+    assert (
+        counts["patients"] == 75
+        and counts["scenes"] == 346
+        and divided > 20
+        and counts["images_without_patient"] == 47
+    )
     assert counts["patients_across_test"] == divided
     with caplog.at_level(logging.INFO, "finetune_vit"):
         show_splits(random, scenes)
-    assert "75 patients and 346 scenes" in caplog.text
-    assert f"optimistic: {divided} patients are in the test and outside of it" in caplog.text
+    assert "75 patients and 346 scenes; those that share images form a group" in caplog.text
+    assert f"optimistic: {divided} patients are both in the test and outside it" in caplog.text
     whole = split_images(known, scenes, work_in(tmp_path / "whole", Settings()))
     assert count_pairs(scenes, whole)["patients_across_test"] == 0
 

@@ -4,10 +4,10 @@ import json
 import logging
 import string
 import unicodedata
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import load_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layouts import fill, rows
@@ -15,7 +15,8 @@ from test_layouts import fill, rows
 from steps.columns import COLUMN_WORDS, choose_columns, find_columns
 from steps.load import find_images
 from steps.options import Settings
-from steps.tables import index_files, match, read_any
+from steps.rows import index_files, match
+from steps.tables import read_table
 
 FLAT = ["/a b c d"]  # four images without folders
 CLASSES = ["cat/a b", "dog/c d"]
@@ -208,14 +209,14 @@ REFUSED = {  # the images, the table, flags: what the error says
         FLAT,
         "file,label\na,cat|dog\n",
         {},
-        r"line 2 of .* gives a several classes: cat\|dog; give each",
+        r"row 1 of .* gives a several classes: cat\|dog; give each",
     ),
-    "a list of classes": (FLAT, "file,label\na,cat\nb,\"['cat', 'dog']\"\n", {}, "line 3 .* several classes"),
+    "a list of classes": (FLAT, "file,label\na,cat\nb,\"['cat', 'dog']\"\n", {}, "row 2 .* several classes"),
     "two ones": (
         FLAT,
         "file,x,y\na,1,0\nb,1,1\n",
         {"label_column_name": ["x", "y"]},
-        "line 3 of .* names several classes",
+        "row 2 of .* names several classes",
     ),
     "unknown splits": (
         CLASSES,
@@ -258,20 +259,20 @@ def test_tables_that_are_refused(tmp_path, case):
 
 LEFT_OUT = {  # the table: what is left out, and why
     "an image without a row": (LABELS.replace("d.jpg,dog\n", ""), {"d.jpg": "images without a row"}),
-    "a row without an image": (LABELS + "e.jpg,cat\n", {"mine.csv, line 6: e.jpg": "rows without an image"}),
+    "a row without an image": (LABELS + "e.jpg,cat\n", {"mine.csv, row 5: e.jpg": "rows without an image"}),
     "an image without a label": (
         LABELS.replace("d.jpg,dog", "d.jpg,"),
-        {"d.jpg": "images without a label in mine.csv"},
+        {"d.jpg": "images without a label"},
     ),
-    "a second row": (LABELS + "a.jpg,cat\n", {"mine.csv, line 6: a.jpg": "second rows for an image"}),
-    "rows that differ": (LABELS + "a.jpg,dog\n", {"a.jpg": "images with rows that differ in mine.csv"}),
+    "a second row": (LABELS + "a.jpg,cat\n", {"mine.csv, row 5: a.jpg": "repeated rows for an image"}),
+    "rows that differ": (LABELS + "a.jpg,dog\n", {"a.jpg": "images whose rows in mine.csv differ"}),
     "all at once": (
         "file,label\na.jpg,cat\na,dog\nb,cat\nb.jpg,cat\nc,\nz,dog\n",
         {
-            "a.jpg": "images with rows that differ in mine.csv",
-            "mine.csv, line 5: b.jpg": "second rows for an image",
-            "c.jpg": "images without a label in mine.csv",
-            "mine.csv, line 7: z": "rows without an image",
+            "a.jpg": "images whose rows in mine.csv differ",
+            "mine.csv, row 4: b.jpg": "repeated rows for an image",
+            "c.jpg": "images without a label",
+            "mine.csv, row 6: z": "rows without an image",
             "d.jpg": "images without a row",
         },
     ),
@@ -303,7 +304,7 @@ def test_an_image_without_a_patient_is_kept_and_counted(tmp_path, caplog):
         fill(tmp_path / "images", CLASSES), Settings(metadata=str(tmp_path / "mine.csv"))
     )
     assert table["group"].tolist() == ["p1", "", "p1", ""] and not left_out
-    assert "has no patient for 2 images: each counts as a patient" in caplog.text
+    assert "has no patient for 2 images: only near-duplicates keep those together" in caplog.text
 
 
 FOUND = {  # an imagefolder's own tables: {file: text}, and what is made of them
@@ -413,7 +414,7 @@ def test_what_was_understood_is_said_in_one_line(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "finetune_vit"):
         find_images(fill(tmp_path / "images", FLAT), Settings(metadata=str(tmp_path / "mine.csv")))
     assert caplog.messages == [
-        f"understood the columns of {tmp_path}/mine.csv as image: image_id, label: dx, group: lesion_id"
+        "understood the columns of mine.csv as image: image_id, label: dx, group: lesion_id"
     ]
 
 
@@ -447,11 +448,10 @@ def test_any_table_is_read_as_it_was_written(tmp_path_factory, table, separator,
         [(name, *row) for name, row in table.items()], columns=["file", "dx", "set", "patient"]
     )
     path.write_bytes(written.to_csv(index=False, sep=separator).encode(encoding))
-    read = read_any(path)
+    read = read_table(path)
     assert read.to_dict("list") == written.to_dict("list")
 
 
-ELSEWHERE = Path("/elsewhere/mine.csv")
 FILES = st.lists(st.tuples(NAMES, NAMES).map("/".join), min_size=1, max_size=9, unique=True)
 
 
@@ -459,9 +459,218 @@ FILES = st.lists(st.tuples(NAMES, NAMES).map("/".join), min_size=1, max_size=9, 
 @given(FILES, st.sampled_from(["{}.jpg", "{}", "./{}.jpg", "/far/{}.jpg", "D:/{}.jpg"]), st.data())
 def test_a_whole_path_finds_its_file_however_it_is_written(files, form, data):
     names = [f"{file}.jpg" for file in files]
-    known, chosen = index_files(names), data.draw(st.sampled_from(files))
-    found = match(form.format(chosen).replace("/", data.draw(st.sampled_from("/\\"))), known, ELSEWHERE, True)
+    known, chosen = index_files(names, ""), data.draw(st.sampled_from(files))
+    found = match(form.format(chosen).replace("/", data.draw(st.sampled_from("/\\"))), known)
     assert found == f"{chosen}.jpg"
-    bare = match(f"{chosen.split('/')[1]}.jpg", known, ELSEWHERE, True)
+    bare = match(f"{chosen.split('/')[1]}.jpg", known)
     same = [name for name in names if name.endswith(f"/{chosen.split('/')[1]}.jpg")]
     assert bare == (same[0] if len(same) == 1 else "")  # never one of several
+
+
+@pytest.mark.parametrize(
+    "group_by, names, expected",
+    [
+        ("folder", ["p1/a b", "p2/c d"], ["p1", "p1", "p2", "p2"]),
+        ("folder", ["cat/p1/a b", "dog/p2/c d"], ["p1", "p1", "p2", "p2"]),
+        ("folder", ["p1/study/a b", "p2/study/c d"], ["p1", "p1", "p2", "p2"]),
+        ("parent", ["p1/x/a b", "p2/x/c d"], ["p1", "p1", "p2", "p2"]),
+        ("folder", ["train/p1/a b", "test/p2/c d"], ["p2", "p2", "p1", "p1"]),
+        (None, ["p1/a b", "p2/c d"], None),
+        ("none", ["p1/a b", "p2/c d"], None),
+    ],
+)
+def test_folders_may_say_the_patients_of_a_table(tmp_path, group_by, names, expected):
+    (tmp_path / "mine.csv").write_text(LABELS)
+    settings = Settings(metadata=str(tmp_path / "mine.csv"), group_by=group_by)
+    table, _ = find_images(fill(tmp_path / "images", names), settings)
+    assert (table["group"].tolist() if "group" in table else None) == expected
+    assert dict(zip(table["file"].str[-5:], table["label"], strict=True)) == ALL
+
+
+WRONG_IF_GUESSED = {  # the images, tables beside them and --metadata, flags: what is made of it, or the error
+    "a row of another folder": (
+        ["train/a b", "test/b"],
+        {
+            "train/metadata.csv": "file_name,label\na.jpg,cat\nb.jpg,dog\n",
+            "test/metadata.csv": "file_name,label\na.jpg,dog\nb.jpg,dog\n",
+        },
+        {},
+        {"test/b.jpg": ("dog", "test"), "train/a.jpg": ("cat", "train"), "train/b.jpg": ("dog", "train")},
+    ),
+    "two tables, each with its part": (
+        FLAT,
+        {"metadata.csv": LABELS, "metadata.jsonl": '{"file_name": "a.jpg", "patient": 7}\n'},
+        {},
+        {"a.jpg": ("cat", "7"), "b.jpg": ("cat", ""), "c.jpg": ("dog", ""), "d.jpg": ("dog", "")},
+    ),
+    "two tables that say different things": (
+        FLAT,
+        {"metadata.csv": LABELS, "metadata.jsonl": '{"file_name": "a.jpg", "label": "dog"}\n'},
+        {},
+        {"b.jpg": "cat", "c.jpg": "dog", "d.jpg": "dog"},
+    ),
+    "integers beside a gap": (
+        FLAT,
+        {
+            "metadata.jsonl": "".join(
+                f'{{"file_name": "{f}.jpg", "label": {n}, "patient": {p}}}\n'
+                for f, n, p in (("a", 1, 12345678901234567), ("b", 1, 12345678901234568), ("c", 2, "null"))
+            )
+        },
+        {},
+        {"a.jpg": ("1", "12345678901234567"), "b.jpg": ("1", "12345678901234568"), "c.jpg": ("2", "")},
+    ),
+    "patients in floats, forms and words for nobody": (
+        ["/a b c d e f"],
+        {"mine.csv": "file,label,patient\na,0,7\nb,0,7.0\nc,1,Müller\nd,1,Mu\u0308ller\ne,1.0,NA\nf,0,nan\n"},
+        {},
+        {
+            "a.jpg": ("0", "7"),
+            "b.jpg": ("0", "7"),
+            "c.jpg": ("1", "Müller"),
+            "d.jpg": ("1", "Müller"),
+            "e.jpg": ("1", ""),
+            "f.jpg": ("0", ""),
+        },
+    ),
+    "groups beside patients": (
+        FLAT,
+        {"mine.csv": "file,label,patient,group\na,x,p1,drug\nb,y,p2,drug\n"},
+        {},
+        {"a.jpg": ("x", "p1"), "b.jpg": ("y", "p2")},
+    ),
+    "a grade beside class folders": (
+        CLASSES,
+        {"mine.csv": "file,patient,grade\na,p1,2\nb,p2,3\nc,p1,2\nd,p3,3\n"},
+        {},
+        GROUP,
+    ),
+    "a grade without class folders": (
+        FLAT,
+        {"mine.csv": "file,grade\na,2\nb,3\n"},
+        {},
+        {"a.jpg": "2", "b.jpg": "3"},
+    ),
+    "a set that is no split": (
+        CLASSES,
+        {"mine.csv": "file,patient,set\na,p1,A\nb,p2,B\nc,p1,A\nd,p3,B\n"},
+        {},
+        GROUP,
+    ),
+    "ones in other words": (
+        FLAT,
+        {"mine.csv": 'file,MEL,NV\na,TRUE,FALSE\nb,x,\nc,"0,0","1,0"\nd,no,yes\n'},
+        {"label_column_name": ["MEL", "NV"]},
+        {"a.jpg": "MEL", "b.jpg": "MEL", "c.jpg": "NV", "d.jpg": "NV"},
+    ),
+    "one folder with a table of its own": (
+        CLASSES,
+        {"cat/metadata.csv": "file_name,patient\na.jpg,p1\nb.jpg,p2\n"},
+        {},
+        {
+            "cat/a.jpg": ("cat", "p1"),
+            "cat/b.jpg": ("cat", "p2"),
+            "dog/c.jpg": ("dog", ""),
+            "dog/d.jpg": ("dog", ""),
+        },
+    ),
+    "splits and a folder that has no rows": (
+        ["train/a b", "test/c", "unlabelled/d"],
+        {"mine.csv": LABELS.replace("d.jpg,dog\n", "")},
+        {},
+        {"test/c.jpg": ("dog", "test"), "train/a.jpg": ("cat", "train"), "train/b.jpg": ("cat", "train")},
+    ),
+    "a URL beside the name": (
+        FLAT,
+        {"mine.csv": "file_name,image,label\na.jpg,https://x/1,cat\nb.jpg,https://x/2,dog\n"},
+        {},
+        {"a.jpg": "cat", "b.jpg": "dog"},
+    ),
+    "Excel's hint": (FLAT, {"mine.csv": "sep=;\nfile;label\na;x\nb;y\n"}, {}, {"a.jpg": "x", "b.jpg": "y"}),
+    "a row that is too short": (
+        FLAT,
+        {"mine.csv": "file,label,x\na,cat\nb,dog,1\n"},
+        {},
+        {"a.jpg": "cat", "b.jpg": "dog"},
+    ),
+    "two columns of names": (
+        ["/1 2 3 4"],
+        {"mine.csv": "image_id,filename,label\n1,4.jpg,x\n2,3.jpg,y\n3,2.jpg,z\n4,5.jpg,w\n"},
+        {},
+        "columns image_id and filename of mine.csv name different images; say which: --image_column_name",
+    ),
+    "images of two hospitals": (
+        CLASSES,
+        {"mine.csv": "file,patient\nhospA/cat/a.jpg,A1\nhospB/cat/b.jpg,B7\n"},
+        {},
+        "mine.csv names images in hospA and in hospB; give --data_dir a folder that holds both",
+    ),
+    "a row that is too long": (
+        FLAT,
+        {"mine.csv": "file,label\na,polyp,small\n"},
+        {},
+        "cannot read .*mine.csv: .*Expected 2 fields",
+    ),
+    "two columns of one name": (
+        FLAT,
+        {"mine.csv": "file,label,label \na,x,y\n"},
+        {},
+        "mine.csv has two columns label; rename",
+    ),
+    "a workbook": (
+        FLAT,
+        {"mine.csv": "PK\3\4"},
+        {},
+        "cannot read .*mine.csv: it is an Excel workbook; give a table as CSV",
+    ),
+    "a one that is none": (
+        FLAT,
+        {"mine.csv": "file,MEL,NV\na,1,0\nb,maybe,0\n"},
+        {"label_column_name": ["MEL", "NV"]},
+        "row 2 of mine.csv has maybe in column MEL; give 1 or 0 there",
+    ),
+    "no label at all": (
+        FLAT,
+        {"mine.csv": "file,label\na,\nb,\n"},
+        {},
+        r"no image of .* is left: .*images without a label \(2\)",
+    ),
+    "every row and folder against each other": (
+        CLASSES,
+        {"mine.csv": "file,label\na,dog\nb,dog\nc,cat\nd,cat\n"},
+        {},
+        "no image of .* is left: images whose row and folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_IF_GUESSED)
+def test_what_would_be_wrong_in_silence_is_right_or_refused(tmp_path, case):
+    names, tables, flags, expected = WRONG_IF_GUESSED[case]
+    folder = fill(tmp_path / "images", names)
+    for name, text in tables.items():
+        (folder / name).write_text(text)
+    flags |= {"metadata": "mine.csv"} if "mine.csv" in tables else {}
+    if isinstance(expected, str):
+        with pytest.raises(SystemExit, match=expected) as stopped:
+            find_images(folder, Settings(**flags))
+        assert "\n" not in str(stopped.value)
+    else:
+        assert rows(find_images(folder, Settings(**flags))[0]) == expected
+
+
+def test_a_table_of_the_test_folder_is_not_taken_for_the_training_folder(tmp_path):
+    folder = fill(tmp_path, ["train/0001 0002"])
+    (tmp_path / "test.csv").write_text("file,label\ntest/0001.jpg,cat\ntest/0002.jpg,dog\n")
+    with pytest.raises(
+        SystemExit, match="test.csv names images in test, not in .*train; give that folder as"
+    ):
+        find_images(folder / "train", Settings(metadata=str(tmp_path / "test.csv")))
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("cat", "cat "), ("\u00fc", "u\u0308")])
+def test_classes_that_look_alike_are_refused(tmp_path, names):
+    (tmp_path / "mine.csv").write_text("\n".join(["file,label", f"a,{names[0]}", f"b,{names[1]}", "c,dog"]))
+    folder = fill(tmp_path / "images", [f"{names[0]}/a", f"{names[1]}/b", "dog/c"])
+    with pytest.raises(SystemExit, match="the classes .* and .* have the same name"):
+        load_images(folder)

@@ -1,0 +1,240 @@
+"""Step 3: what the rows of tables say of the images: their label, their split, their patient."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from .columns import SPLIT_WORDS, choose_columns, find_columns, plain
+from .console import log, stop
+from .layouts import read_splits
+from .options import Settings
+from .tables import Table, find_tables
+
+WEAK = "category grade level".split()  # columns that may be labels, but not where folders are classes
+NOBODY = ("", "na", "nan", "none", "null", "unknown")  # in a column of patients
+ONES = {"1": 1, "true": 1, "yes": 1, "x": 1, "0": 0, "false": 0, "no": 0, "": 0}
+
+
+def read_rows(
+    files: list[str], folder: Path, settings: Settings
+) -> tuple[pd.DataFrame | None, dict[str, str]]:
+    """Return what tables say of `files`, str relative to `folder`, and {what is left out: why}.
+
+    Columns, all str, "" where nothing is: those of label, split, group that a table has; the index is the
+    file. None if there is no table. Raises SystemExit where one cannot be understood.
+    """
+    rows, left_out, covered = None, {}, []
+    for table in find_tables(folder, settings):
+        below = [file for file in files if file.startswith(table.base)]
+        more, reasons = read_one(table, below, folder, settings)
+        if more is not None:
+            rows = more if rows is None else merge(rows, more, reasons)
+            covered, left_out = covered + below, left_out | reasons
+    if rows is None:
+        return None, {}
+    for file in sorted(set(covered) - set(rows.index)):
+        left_out.setdefault(file, "images without a row")
+    return rows[~rows.index.isin(left_out)], left_out
+
+
+def merge(rows: pd.DataFrame, more: pd.DataFrame, left_out: dict[str, str]) -> pd.DataFrame:
+    """Return what two tables say of images; add to `left_out` those of which they say different things."""
+    both = rows.index.intersection(more.index)
+    for role in rows.columns.intersection(more.columns):
+        one, other = rows.loc[both, role], more.loc[both, role]
+        differ = both[(one != other) & (one != "") & (other != "")]
+        left_out |= dict.fromkeys(differ, "images of which two tables say different things")
+    return rows.where(rows != "").combine_first(more).fillna("")
+
+
+def read_one(
+    table: Table, files: list[str], folder: Path, settings: Settings
+) -> tuple[pd.DataFrame | None, dict[str, str]]:
+    """Return what one table says of `files`, and {what is left out: why}; see `read_rows`.
+
+    A row that is left out is named by its number.
+    """
+    image, found = choose_image(table, files, folder, settings)
+    columns = choose_roles(table, files, settings)
+    if not (image and columns):
+        if not table.asked_for:
+            log.info("%s says nothing of labels, splits or patients: not used", table.name)
+            return None, {}
+        role, what = ("label", "labels, splits or patients") if image else ("image", "images")
+        remedy = f"its columns are {', '.join(table.cells)}: name one with --{role}_column_name"
+        stop(f"no column of {table.name} is known to hold the {what}", remedy)
+    if not (found != "").any():
+        if not table.asked_for and not files:
+            return None, {}
+        example = f"for example {table.cells[image].iloc[0]!r}" if len(table.cells) else "it has no rows"
+        stop(f"no row of {table.name} names an image in {folder}: {example}", f"it should be like {files[0]}")
+    roles = {"image": [image]} | columns
+    understood = ", ".join(f"{role}: {' '.join(names)}" for role, names in roles.items())
+    log.info("understood the columns of %s as %s", table.name, understood)
+    rows = pd.DataFrame({"file": found, "number": range(1, len(found) + 1), "named": table.cells[image]})
+    for role, names in columns.items():
+        rows[role] = table.cells[names[0]] if len(names) == 1 else one_hot(table.cells[names], table.name)
+    return settle(rows, list(columns), table.name)
+
+
+def choose_roles(table: Table, files: list[str], settings: Settings) -> dict[str, list[str]]:
+    """Return {"label", "split", "group": its columns}, without those that the table lacks."""
+    names = [*table.cells]
+    labels = choose_columns("label", names, settings)
+    if labels and not settings.label_column_name and plain(labels[0]) in WEAK:
+        tops = {file.split("/")[0] for file in files if "/" in file}
+        if len(tops) > 1 and not read_splits(files):
+            text = "warning: folders name the classes, not the column %s: if it does, --label_column_name %s"
+            log.warning(text, labels[0], labels[0])
+            labels = []
+    others = [name for name in names if name not in labels]
+    splits = choose_columns("split", others, settings)
+    if splits and not settings.split_column_name:
+        values = set(table.cells[splits[0]].str.casefold())
+        if not values & SPLIT_WORDS.keys():
+            log.warning("warning: %s is no split: it holds %s", splits[0], ", ".join(sorted(values)[:3]))
+            splits = []
+    columns = {"label": labels, "split": splits, "group": choose_columns("group", others, settings)}
+    return {role: names for role, names in columns.items() if names}
+
+
+def choose_image(table: Table, files: list[str], folder: Path, settings: Settings) -> tuple[str, pd.Series]:
+    """Return the column that names most of `files`, "" if there is none, and the file of each of its rows.
+
+    Raises SystemExit where two columns name different images, or a name leads out of the folder.
+    """
+    names = choose_columns("image", [*table.cells], settings)
+    names = names if settings.image_column_name else find_columns("image", table.cells)
+    known = index_files(files, table.base)
+    found = {name: table.cells[name].map(lambda text: match(text, known)) for name in names}
+    if not found:
+        return "", pd.Series(dtype=object)
+    best = max(names, key=lambda name: (found[name] != "").sum())
+    for name, other in found.items():
+        if ((other != found[best]) & (other != "") & (found[best] != "")).any():
+            problem = f"the columns {best} and {name} of {table.name} name different images"
+            stop(problem, f"say which: --image_column_name {best}")
+    check_paths(table, best, found[best], folder)
+    return best, found[best]
+
+
+def check_paths(table: Table, image: str, found: pd.Series, folder: Path) -> None:
+    """Raise SystemExit for names that lead out of the folder, or into one that is not here.
+
+    Nothing is opened by these names. But a name that lost its first folders must have lost the same ones as
+    all others: a/1.jpg and b/1.jpg are two images.
+    """
+    lost = set()
+    for name, file in zip(table.cells[image], found, strict=True):
+        parts, absolute = parts_of(name), re.match("/|[A-Za-z]:", name.replace("\\", "/"))
+        if ".." in parts or "://" in name or (absolute and not table.asked_for):
+            stop(f"{table.name} names {name}, which leads out of its folder", "name images in the folder")
+        if file:
+            lost.add("/".join(parts[: len(parts) - file.removeprefix(table.base).count("/") - 1]))
+    lost = sorted(lost - {""})
+    if len(lost) > 1:
+        problem = f"{table.name} names images in {lost[0]} and in {lost[1]}"
+        stop(problem, f"give --data_dir a folder that holds both, instead of {folder}")
+    if lost:
+        words = (lost[0].rpartition("/")[2], folder.name)
+        there, here = (SPLIT_WORDS.get(word.casefold()) for word in words)
+        if there and here and there != here:
+            stop(f"{table.name} names images in {lost[0]}, not in {folder}", "give that folder as --data_dir")
+
+
+def parts_of(name: str) -> list[str]:
+    """Return the folders and the file of a path as people write it, in NFC."""
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return [part for part in parts if part not in ("", ".")]
+
+
+def index_files(files: Iterable[str], base: str) -> dict[str, str]:
+    """Return {"/" + path below `base`: file} and {end of it, with or without ending: file}.
+
+    An end that several files share means "".
+    """
+    known = {}
+    for file in files:
+        parts = parts_of(file.removeprefix(base))
+        known["/" + "/".join(parts)] = file
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            for key in {end, re.sub(r"(?<=[^/])\.[^./]*$", "", end)}:
+                known[key] = file if known.get(key, file) == file else ""
+    return known
+
+
+def match(name: str, known: dict[str, str]) -> str:
+    """Return the image that `name` in a table means, "" where none or several fit; `known`: `index_files`.
+
+    It may be a whole path, lack folders or its ending, or have more folders in front, as on another machine.
+    """
+    parts = parts_of(name)
+    keys = ["/" + "/".join(parts), "/".join(parts)]
+    keys += ["/" + "/".join(parts[start:]) for start in range(1, len(parts))]
+    return next((known[key] for key in keys if key in known), "")
+
+
+def one_hot(cells: pd.DataFrame, name: str) -> pd.Series:
+    """Return the name of the column that holds a 1, "" if none does. SystemExit if several do."""
+    cells = cells.apply(lambda column: column.str.casefold().str.replace(",", "."))
+    numbers = cells.replace(ONES).apply(pd.to_numeric, errors="coerce")
+    for row in numbers.index[numbers.isna().any(axis=1)]:
+        column = numbers.columns[numbers.loc[row].isna()][0]
+        stop(f"row {row + 1} of {name} has {cells.loc[row, column]} in column {column}", "give 1 or 0 there")
+    for row in numbers.index[(numbers > 0.5).sum(axis=1) > 1]:
+        remedy = "give each image one: multi-label is not supported"
+        stop(f"row {row + 1} of {name} names several classes", remedy)
+    return numbers.idxmax(axis=1).where((numbers > 0.5).any(axis=1), "")
+
+
+def settle(rows: pd.DataFrame, roles: list[str], name: str) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Return one row per image, columns `roles`, and {what is left out: why}; see `read_rows`."""
+    for role in {"label", "group"} & set(roles):  # 1.0 is how a column of integers looks with a gap in it
+        rows[role] = rows[role].str.normalize("NFC").str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
+    if "label" in roles and (several := rows["label"].str.contains(r"\||^\[", regex=True)).any():
+        row = rows[several].iloc[0]
+        problem = f"row {row['number']} of {name} gives {row['named']} several classes: {row['label']}"
+        stop(problem, "give each image one label: multi-label is not supported")
+    if "split" in roles:
+        words = rows["split"].str.casefold()
+        if unknown := sorted(set(rows["split"][~words.isin([*SPLIT_WORDS, ""])])):
+            stop(f"{name} has unknown splits: {', '.join(unknown[:5])}", f"use {', '.join(SPLIT_WORDS)}")
+        rows["split"] = words.map(SPLIT_WORDS | {"": ""})
+    if "group" in roles:
+        rows["group"] = rows["group"].where(~rows["group"].str.casefold().isin(NOBODY), "")
+        if unknown := (rows["group"][rows["file"] != ""] == "").sum():
+            text = "warning: %s has no patient for %s images: only near-duplicates keep those together"
+            log.warning(text, name, unknown)
+    left_out = {}
+    for row in rows[rows["file"] == ""].itertuples():
+        left_out[f"{name}, row {row.number}: {row.named}"] = "rows without an image"
+    rows = rows[rows["file"] != ""]
+    differ = rows.drop_duplicates(["file", *roles])["file"]
+    left_out |= dict.fromkeys(differ[differ.duplicated()], f"images whose rows in {name} differ")
+    rows = rows[~rows["file"].isin(left_out)]
+    for row in rows[rows["file"].duplicated()].itertuples():
+        left_out[f"{name}, row {row.number}: {row.named}"] = "repeated rows for an image"
+    return rows.drop_duplicates("file").set_index("file")[roles], left_out
+
+
+def join_rows(table: pd.DataFrame, rows: pd.DataFrame, left_out: dict[str, str]) -> pd.DataFrame:
+    """Return what folders say of files with what rows say of them, which counts where both say something.
+
+    Files without a label, without a split where others have one, and those whose folder is another class
+    than the row's are left out: they are added to `left_out`.
+    """
+    table = table.set_index("file")
+    if "label" in rows:  # folders say the class, if they are called like those of the rows
+        folders, labels = table["folder"].reindex(rows.index), rows["label"]
+        against = folders.isin({*labels} - {""}) & (folders != labels) & (labels != "")
+        why = "images whose row and folder name different classes"
+        left_out |= dict.fromkeys(rows.index[against], why)
+    table = rows.where(rows != "").combine_first(table).fillna("")
+    for name in ("label", "split"):
+        if name in table and (name == "label" or table[name].any()):
+            left_out |= dict.fromkeys(table.index[table[name] == ""], f"images without a {name}")
+    return table[~table.index.isin(left_out)].sort_index().reset_index()

@@ -11,6 +11,7 @@ from typing import Any
 from .console import LASTING, PASSING, file_error, log, progress, stop
 from .files import atomic, need_space, write_json
 
+MOST_FILES = 200_000  # more are no archive of images
 HIDDEN = (".", "__")  # what names such as .ipynb_checkpoints and __MACOSX begin with
 
 
@@ -70,7 +71,7 @@ def refuse_hostile(members: Iterable[Any], archive: Path) -> Iterator[zipfile.Zi
             raise ValueError(f"{name!r} would lead out of its folder")
         if not plain:
             raise ValueError(f"{name!r} is a link or a device")
-        if count > 200_000 or total > most:
+        if count > MOST_FILES or total > most:
             raise ValueError(f"{count:,} files of {total:,} bytes and more are no archive of images")
         for part in [path, *path.parents]:  # a disk that ignores case would lose one of A and a
             before = seen.setdefault(unicodedata.normalize("NFC", str(part)).casefold(), part)

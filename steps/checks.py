@@ -152,6 +152,8 @@ def of_dataset(settings: Settings) -> Iterator[tuple]:
     for other in ("data_dir", "data_url", "data_sha256", "metadata"):
         given = name is not None and getattr(settings, other) not in (None, KVASIR_URL)
         yield given, f"--dataset_name and --{other} are two sources", "leave one of them out"
+    both = name is not None and settings.group_by is not None
+    yield both, "--group_by is for folders, not for a data set of the Hub", "give --group_column_name"
     for part in ("dataset_config_name", "dataset_revision"):
         alone = name is None and getattr(settings, part) is not None
         yield alone, f"--{part} is for a data set of the Hub", "add --dataset_name"

@@ -34,6 +34,7 @@ BAD = [
     (["--linear_probe", "maybe"], "linear_probe.*maybe"),
     (["--split_by", "no.csv"], "--split_by does not know no.csv; give near-duplicates or random; a table"),
     (["--metadata", "no.csv"], "--metadata no.csv is not a file; give the path of a CSV file"),
+    (["--dataset_name", "a/b", "--group_by", "folder"], "two sources|--group_by is for folders"),
     (["--group_by", "patient"], "--group_by does not know patient; give folder"),
     (["--cross_validate", "2"], "cross_validate is 2; give 3 or more"),
     (["--cross_validate", "-5"], "cross_validate is -5"),

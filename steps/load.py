@@ -155,9 +155,10 @@ def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset
     if reserved := sorted(set(names) & set(COLUMNS)):
         stop(f"a class is called {reserved[0]}, like a column of our tables", "rename it")
     if len(names) < 2:
-        stop(
-            f"{folder} holds one class only: {names[0]}", "give a folder that holds one folder for each class"
-        )
+        inside, remedy = folder / names[0], "give a folder that holds one folder for each class"
+        if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir()):
+            remedy = f"give --data_dir {inside}"
+        stop(f"{folder} holds one class only: {names[0]}", remedy)
     return as_dataset(table, names)
 
 
@@ -181,12 +182,19 @@ def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dic
     Raises SystemExit if there are none.
     """
     folder = Path(work.settings.external_dir).resolve()
-    images, left_out = load_folder(folder, Settings(), work.cache)
-    names = images.features["label"].names
+    images, left_out = load_folder(folder, Settings(group_by="none"), work.cache)
+    names, inner = (
+        images.features["label"].names,
+        {file.split("/")[-2] for file in images["file"] if "/" in file},
+    )
+    if not set(names) & set(class_names) and inner & set(class_names):  # in folders of patients, perhaps
+        images, left_out = load_folder(folder, Settings(group_by="parent"), work.cache)
+        names = images.features["label"].names
     table = images.to_pandas().assign(label=[names[label] for label in images["label"]])
     known = table["label"].isin(class_names)
     if not known.any():
-        stop(f"no class folder in {folder} is named like ours", f"ours are {', '.join(class_names)}")
+        theirs = f"no class of {folder} is named like ours: {', '.join(names[:5])}"
+        stop(theirs, f"rename them: ours are {', '.join(class_names)}")
     if unknown := sorted(set(table["label"][~known])):
         log.warning("left out of %s: classes that the model does not know: %s", folder, ", ".join(unknown))
     return as_dataset(table[known], class_names), left_out

@@ -171,8 +171,10 @@ def keep_readable(images: Dataset, left_out: dict[str, str], path: Path) -> Data
             write_table(path, table)
         if (errors != "").all():
             stop(f"none of the images can be read: {summary(left_out.values())}", f"see {path}")
-        count, total = len(left_out), len(left_out) + int((errors == "").sum())
-        log.warning("%s of %s left out: %s; see %s", count, total, summary(left_out.values()), path)
+        rows = sum(reason.startswith(("rows ", "repeated rows")) for reason in left_out.values())
+        count, total = len(left_out) - rows, len(left_out) - rows + int((errors == "").sum())
+        what = f"{count} of {total} files" + (f" and {rows} rows" if rows else "")
+        log.warning("%s left out: %s; see %s", what, summary(left_out.values()), path)
     elif path.exists():
         remove(path)
     for mode, count in Counter(images["mode"]).items():

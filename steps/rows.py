@@ -1,9 +1,8 @@
 """Step 3: what the rows of tables say of the images: their label, their split, their patient."""
 
 import re
-import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 
@@ -11,7 +10,7 @@ from .columns import SPLIT_WORDS, choose_columns, find_columns, plain
 from .console import log, stop
 from .layouts import read_splits
 from .options import Settings
-from .tables import Table, find_tables
+from .tables import Table, find_tables, index_files, match, parts_of
 
 WEAK = "category grade level".split()  # columns that may be labels, but not where folders are classes
 NOBODY = ("", "na", "nan", "none", "null", "unknown")  # in a column of patients
@@ -60,17 +59,23 @@ def read_one(
     image, found = choose_image(table, files, folder, settings)
     columns = choose_roles(table, files, settings)
     if not (image and columns):
-        if not table.asked_for:
-            log.info("%s says nothing of labels, splits or patients: not used", table.name)
-            return None, {}
-        role, what = ("label", "labels, splits or patients") if image else ("image", "images")
-        remedy = f"its columns are {', '.join(table.cells)}: name one with --{role}_column_name"
-        stop(f"no column of {table.name} is known to hold the {what}", remedy)
+        if table.asked_for:
+            refuse_columns(table, image)
+        log.info("%s says nothing of labels, splits or patients: not used", table.name)
+        return None, {}
     if not (found != "").any():
         if not table.asked_for and not files:
             return None, {}
-        example = f"for example {table.cells[image].iloc[0]!r}" if len(table.cells) else "it has no rows"
-        stop(f"no row of {table.name} names an image in {folder}: {example}", f"it should be like {files[0]}")
+        example = table.cells[image].iloc[0] if len(table.cells) else ""
+        several = index_files(files, table.base).get("/".join(parts_of(example))) == ""
+        why = (
+            f"several are called {example}"
+            if several
+            else f"for example {example!r}"
+            if example
+            else "no rows"
+        )
+        stop(f"no row of {table.name} names one image in {folder}: {why}", f"it should be like {files[0]}")
     roles = {"image": [image]} | columns
     understood = ", ".join(f"{role}: {' '.join(names)}" for role, names in roles.items())
     log.info("understood the columns of %s as %s", table.name, understood)
@@ -78,6 +83,26 @@ def read_one(
     for role, names in columns.items():
         rows[role] = table.cells[names[0]] if len(names) == 1 else one_hot(table.cells[names], table.name)
     return settle(rows, list(columns), table.name)
+
+
+def refuse_columns(table: Table, image: str) -> NoReturn:
+    """Raise SystemExit: no column is known to name the images, or none to say something of them."""
+    what, roles = (
+        ("images", ["image"]) if not image else ("labels, splits or patients", ["label", "split", "group"])
+    )
+    flags = " or ".join(f"--{role}_column_name" for role in roles)
+    if image and len(ones := ones_of(table)) > 1:
+        flags = f"--label_column_name {' '.join(ones)}"
+    stop(
+        f"no column of {table.name} is known to hold the {what}",
+        f"its columns are {', '.join(table.cells)}: give {flags}",
+    )
+
+
+def ones_of(table: Table) -> list[str]:
+    """Return the columns that hold 0 and 1 and nothing else, as those of one-hot labels do."""
+    cells = table.cells.replace({"0.0": "0", "1.0": "1"})
+    return [name for name in cells if set(cells[name]) == {"0", "1"}]
 
 
 def choose_roles(table: Table, files: list[str], settings: Settings) -> dict[str, list[str]]:
@@ -90,6 +115,10 @@ def choose_roles(table: Table, files: list[str], settings: Settings) -> dict[str
             text = "warning: folders name the classes, not the column %s: if it does, --label_column_name %s"
             log.warning(text, labels[0], labels[0])
             labels = []
+    ones = ones_of(table) if len(labels) == 1 else []
+    if labels and labels[0] in ones and len(ones) > 2:
+        text = "warning: %s hold 0 and 1, too: if each is a class, name them all after --label_column_name"
+        log.warning(text, ", ".join(name for name in ones if name not in labels))
     others = [name for name in names if name not in labels]
     splits = choose_columns("split", others, settings)
     if splits and not settings.split_column_name:
@@ -143,39 +172,6 @@ def check_paths(table: Table, image: str, found: pd.Series, folder: Path) -> Non
         there, here = (SPLIT_WORDS.get(word.casefold()) for word in words)
         if there and here and there != here:
             stop(f"{table.name} names images in {lost[0]}, not in {folder}", "give that folder as --data_dir")
-
-
-def parts_of(name: str) -> list[str]:
-    """Return the folders and the file of a path as people write it, in NFC."""
-    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
-    return [part for part in parts if part not in ("", ".")]
-
-
-def index_files(files: Iterable[str], base: str) -> dict[str, str]:
-    """Return {"/" + path below `base`: file} and {end of it, with or without ending: file}.
-
-    An end that several files share means "".
-    """
-    known = {}
-    for file in files:
-        parts = parts_of(file.removeprefix(base))
-        known["/" + "/".join(parts)] = file
-        for start in range(len(parts)):
-            end = "/".join(parts[start:])
-            for key in {end, re.sub(r"(?<=[^/])\.[^./]*$", "", end)}:
-                known[key] = file if known.get(key, file) == file else ""
-    return known
-
-
-def match(name: str, known: dict[str, str]) -> str:
-    """Return the image that `name` in a table means, "" where none or several fit; `known`: `index_files`.
-
-    It may be a whole path, lack folders or its ending, or have more folders in front, as on another machine.
-    """
-    parts = parts_of(name)
-    keys = ["/" + "/".join(parts), "/".join(parts)]
-    keys += ["/" + "/".join(parts[start:]) for start in range(1, len(parts))]
-    return next((known[key] for key in keys if key in known), "")
 
 
 def one_hot(cells: pd.DataFrame, name: str) -> pd.Series:
@@ -233,6 +229,11 @@ def join_rows(table: pd.DataFrame, rows: pd.DataFrame, left_out: dict[str, str])
         against = folders.isin({*labels} - {""}) & (folders != labels) & (labels != "")
         why = "images whose row and folder name different classes"
         left_out |= dict.fromkeys(rows.index[against], why)
+        if folders.nunique() > 1 and not set(folders) & {*labels}:
+            names = ", ".join(sorted(set(folders.dropna()))[:3])
+            log.warning(
+                "warning: the labels are those of the table; the folders (%s …) are no classes then", names
+            )
     table = rows.where(rows != "").combine_first(table).fillna("")
     for name in ("label", "split"):
         if name in table and (name == "label" or table[name].any()):

@@ -84,7 +84,7 @@ def intervals(totals, groups: int) -> dict[str, dict[str, float]]:
 
     `times` says how often each group was drawn. Percentile bootstrap over groups (Field and Welsh 2007),
     1,000 draws. Where its low end is 1, or its high end 0, it has no width: the other end is then the limit
-    of Clopper and Pearson for as many groups.
+    of Clopper and Pearson for as many groups. One group has no interval: it is all that is possible.
     """
     draw = np.random.RandomState(0).randint
     drawn = [np.bincount(draw(groups, size=groups), minlength=groups) for _ in range(1000)]
@@ -92,6 +92,8 @@ def intervals(totals, groups: int) -> dict[str, dict[str, float]]:
     sure = 0.025 ** (1 / groups)
     low, high = np.where(low == 1, sure, low), np.where(high == 0, 1 - sure, high)
     value = totals(np.ones((1, groups))).iloc[0]
+    if groups == 1:  # it says nothing of others
+        low, high = np.where(value.index == "mcc", -1.0, 0.0), np.ones(len(value))
     return pd.DataFrame({"value": value, "low": low, "high": high}).to_dict("index")
 
 

@@ -89,7 +89,7 @@ def complete(split: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Wo
     if "train" not in split:
         stop("the given split has no training images", "name some, or give --split_by near-duplicates")
     if "test" not in split:
-        log.warning("the given split has no test images: its validation images are the test")
+        log.warning("warning: the given split has no test images: its validation images are the test")
         split[split == "validation"] = "test"
     share, train = work.settings.validation_size, np.flatnonzero(split == "train")
     if "validation" not in split and share:
@@ -138,7 +138,7 @@ def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float], ru
         far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)
         if far.any() and rule == "near-duplicates":
             held = ", ".join(f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far))
-            log.warning("warning: groups are too large for %.0f%% in %s: %s", 100 * size, name, held)
+            log.warning("warning: whole groups cannot give %s its %.0f%%: %s", name, 100 * size, held)
 
 
 def kept_whole(groups: pd.Series, settings: Settings) -> np.ndarray:
@@ -180,12 +180,15 @@ def cut_folds(splits: DatasetDict, groups: pd.Series, work: Workspace) -> list[D
 
 
 def show_splits(splits: DatasetDict, scenes: Scenes) -> None:
-    """Show the images of each class in each split; warn of near-identical pairs that flatter the score."""
+    """Show the images of each class in each split; warn of what flatters the score, or says nothing."""
     table = pd.DataFrame({name: count_classes(part) for name, part in splits.items()})
     show(pd.concat([table, table.sum().to_frame("total").T]))
     counts = count_pairs(scenes, splits)
     if "patients" in counts:
-        log.info("%(patients)s patients and %(scenes)s scenes; those that share images form a group", counts)
+        text = (
+            "%(patients)s patients or given groups, %(scenes)s scenes; those that share images form a group"
+        )
+        log.info(text, counts)
     if counts.get("patients_across_test"):
         text = "warning: the score will be optimistic: %s patients are both in the test and outside it"
         log.warning(text, counts["patients_across_test"])
@@ -194,3 +197,8 @@ def show_splits(splits: DatasetDict, scenes: Scenes) -> None:
     if counts["pairs_across_test"]:
         text = "warning: the score will be optimistic: %s pairs join a test image to one that is not"
         log.warning(text, counts["pairs_across_test"])
+    if scenes.groups[splits["test"]["file"][:]].nunique() == 1:
+        text = (
+            "warning: all test images are of one group (patient or scene): the score says nothing of others"
+        )
+        log.warning(text)

@@ -4,6 +4,8 @@ import codecs
 import io
 import json
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,9 @@ def find_tables(folder: Path, settings: Settings) -> list[Table]:
                     log.warning("warning: not used beside --metadata: %s", others[0])
                 return [Table(read_table(path), path.name, "", True)]
         stop(f"--metadata {settings.metadata} is not a file, here or in {folder}", "give the path of a table")
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() in (*KINDS, ".xlsx") and path.relative_to(folder) not in found:
+            log.warning("warning: %s is not used: if it tells of the images, give --metadata", path.name)
     asked = [name for name, value in vars(settings).items() if name.endswith("_column_name") and value]
     if asked and not found:
         stop(f"--{asked[0]} names a column, but there is no table", "give one with --metadata FILE.csv")
@@ -60,7 +65,7 @@ def read_table(path: Path) -> pd.DataFrame:
         else:
             table = read_csv(path)
     except Exception as problem:  # of many kinds: those of pandas, PyArrow, the file system
-        stop(f"cannot read {path}: {problem}", "give a table as CSV, with a line of column names")
+        stop(f"cannot read {path}: {problem}", "save it as CSV, with a line of column names")
     table.columns = [str(name).strip() for name in table.columns]
     for name in table.columns[table.columns.duplicated()]:
         stop(f"{path} has two columns {name}", "rename one of them")
@@ -91,3 +96,36 @@ def decode(content: bytes, path: Path) -> str:
     except UnicodeDecodeError:
         log.warning("warning: %s is not in UTF-8: read as cp1254", path)
         return content.decode("cp1254")
+
+
+def parts_of(name: str) -> list[str]:
+    """Return the folders and the file of a path as people write it, in NFC."""
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return [part for part in parts if part not in ("", ".")]
+
+
+def index_files(files: Iterable[str], base: str) -> dict[str, str]:
+    """Return {"/" + path below `base`: file} and {end of it, with or without ending: file}.
+
+    An end that several files share means "".
+    """
+    known = {}
+    for file in files:
+        parts = parts_of(file.removeprefix(base))
+        known["/" + "/".join(parts)] = file
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            for key in {end, re.sub(r"(?<=[^/])\.[^./]*$", "", end)}:
+                known[key] = file if known.get(key, file) == file else ""
+    return known
+
+
+def match(name: str, known: dict[str, str]) -> str:
+    """Return the image that `name` in a table means, "" where none or several fit; `known`: `index_files`.
+
+    It may be a whole path, lack folders or its ending, or have more folders in front, as on another machine.
+    """
+    parts = parts_of(name)
+    keys = ["/" + "/".join(parts), "/".join(parts)]
+    keys += ["/" + "/".join(parts[start:]) for start in range(1, len(parts))]
+    return next((known[key] for key in keys if key in known), "")

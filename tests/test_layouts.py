@@ -223,6 +223,10 @@ REFUSED = {  # what is there: what the error says
         ["train/cat/a", "test/cat/b", "extra/c"],
         "test, train look like splits that hold class folders, but extra/c.jpg does not",
     ),
+    "a folder too high": (
+        ["pictures/cat/a", "pictures/dog/b", "notes/x.txt"],
+        "no images in notes; give --data_dir .*/pictures",
+    ),
     "an empty class": (["cat/a", "dog/b", "bird/readme.txt"], "no images in bird; fill or delete"),
     "an empty class in a split": (
         ["train/cat/a", "train/dog/b", "test/cat/c", "test/dog/x.txt"],
@@ -242,7 +246,13 @@ def test_layouts_that_are_refused_say_what_is_there_in_few_lines(tmp_path, layou
     with caplog.at_level(logging.INFO, "finetune_vit"), pytest.raises(SystemExit, match=message) as stopped:
         find_images(fill(tmp_path, names), Settings())
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
-    if layout not in ("an empty class", "an empty class in a split", "archives", "nothing"):
+    if layout not in (
+        "a folder too high",
+        "an empty class",
+        "an empty class in a split",
+        "archives",
+        "nothing",
+    ):
         tree, accepted = caplog.messages[:-1], caplog.messages[-1]
         assert tree[0] == f"found in {tmp_path}:" and 2 <= len(tree) <= 8
         assert accepted.startswith("accepted: CLASS/image, CLASS/PATIENT/image, PATIENT/CLASS/image")
@@ -308,4 +318,12 @@ def test_split_folders():
     assert read_splits(["train/x.jpg", "VAL/a/y.jpg"]) == {"train": "train", "VAL": "validation"}
     assert (
         read_splits(["train/x.jpg", "other/y.jpg"]) is None and read_splits(["train/x.jpg", "y.jpg"]) is None
+    )
+
+
+def test_patients_where_classes_should_be_are_pointed_out(tmp_path, caplog):
+    find_images(fill(tmp_path, ["p1/cat/a", "p1/dog/b", "p2/cat/c"]), Settings(group_by="folder"))
+    assert (
+        "warning: the classes are then p1, p2: if these are patients, give --group_by parent"
+        in caplog.messages
     )

@@ -259,5 +259,21 @@ def test_images_from_elsewhere_have_known_classes_and_our_labels(tmp_path, make_
     images, left_out = load_external(["red", "green", "blue"], work)
     assert images["label"][:] == [2, 2, 0, 0] and images.features["label"].names[2] == "blue"
     assert "classes that the model does not know: purple" in caplog.text and not left_out
-    with pytest.raises(SystemExit, match="no class folder in .* is named like ours; ours are cat, dog"):
+    with pytest.raises(
+        SystemExit, match="no class of .* is named like ours: blue, purple, red; rename them: ours are"
+    ):
         load_external(["cat", "dog"], work)
+
+
+def test_images_from_elsewhere_may_lie_in_folders_of_patients(tmp_path, make_images):
+    make_images("elsewhere/anna", 2, ("blue", "red"))
+    work = make_work(["--external_dir", make_images("elsewhere/bert", 2, ("blue",)).parent])
+    work.settings.data_root = str(tmp_path / "data")
+    images, _ = load_external(["red", "blue"], work)
+    assert images["label"][:] == [1, 1, 0, 0, 1, 1] and images["group"][:] == ["anna"] * 4 + ["bert"] * 2
+
+
+def test_a_folder_too_high_is_named(tmp_path, make_images):
+    folder = make_images("pets/pictures", 2)
+    with pytest.raises(SystemExit, match="holds one class only: pictures; give --data_dir .*/pets/pictures"):
+        load_images(folder.parent)

@@ -168,7 +168,7 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, make_images, kept, ca
         pixels = kept(folder)
     assert len(pixels) == 15 and not set(pixels["file"]) & {f"red/{name}" for name in bad}
     assert left_out(tmp_path).keys() == {f"red/{name}" for name in bad} and all(left_out(tmp_path).values())
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("4 of 19 left out: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("4 of 19 files left out: ")
     assert caplog.messages[0].endswith(f"; see {tmp_path}/report/left_out.csv")
     assert None not in pixels["pixel_values"][:]
 
@@ -259,11 +259,11 @@ def test_what_would_be_read_wrong_is_left_out_by_name(tmp_path, make_images, kep
     write(folder / "red" / name)
     pixels = kept(folder)
     assert len(pixels) == 9
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 left out: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 files left out: ")
     assert left_out(tmp_path).keys() == {f"red/{name}"} and reason in left_out(tmp_path)[f"red/{name}"]
 
 
-SAYS = r"^{} of {} left out: {}; see .*/report/left_out\.csv$"
+SAYS = r"^{} of {} files left out: {}; see .*/report/left_out\.csv$"
 DEEP = "more than 8 bits per channel: convert them, `pipeline` would cut them off at 255"
 
 
@@ -359,6 +359,7 @@ def test_kinds_that_pillow_reads_are_taken(tmp_path, make_images, processor, kep
 
 def test_an_ending_that_this_pillow_lacks_is_counted(tmp_path, make_images, kept, monkeypatch):
     folder = make_images(count=3)
+    PIL.Image.init()  # or it would register the plugin later
     monkeypatch.setattr(ImageFolder, "EXTENSIONS", [*{*ImageFolder.EXTENSIONS} - {".avif", ".avifs"}])
     monkeypatch.delitem(PIL.Image.OPEN, "AVIF")
     Image.new("RGB", (40, 36)).save(folder / "red" / "photo.avif")
@@ -401,7 +402,7 @@ def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, 
     else:
         shutil.copy(folder / "red" / "000.jpg", path)
     assert len(kept(folder)) == 9
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 left out: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("1 of 10 files left out: ")
     no_file = name in (b"gone.jpg", b"pipe.jpg")
     reason = "dead links or not files" if no_file else "with a name that `datasets`"
     ((file, text),) = left_out(tmp_path).items()

@@ -253,9 +253,35 @@ def test_card_says_when_a_random_split_flatters(card_of, results):
 
 
 def test_card_of_a_given_split_that_divides_pairs(card_of, results):
-    results["split"] |= {"by": "my.csv", "pairs_across_splits": 29, "pairs_across_test": 18}
+    given = {"train": ["train"], "validation": ["train"], "test": ["validation"]}
+    results["split"] |= {"by": "given", "given": given, "pairs_across_splits": 29, "pairs_across_test": 18}
     text = " ".join(card_of().text.split())
     assert "18 of them with one test image, which flatters the results" in text
+    assert "**The results are optimistic**: the model has seen near-copies" in text
+    assert "It had no test images: its validation images are the test." in text
+    assert "Its training images gave a part, in whole groups, for validation." in text
+    results["split"]["given"] = {name: [name] for name in given}
+    text = " ".join(card_of().text.split())
+    assert "It had no test images" not in text and "gave a part" not in text
+
+
+def test_card_speaks_of_patients_and_of_an_earlier_model(card_of, results):
+    assert "no patient IDs were used" in card_of().text
+    results["split"] |= {
+        "patients": 12,
+        "scenes": 150,
+        "images_without_patient": 3,
+        "patients_across_test": 2,
+    }
+    results["split"]["earlier"] = {"kept": 190, "new": 10, "absent": 5, "learned": 1}
+    text = " ".join(card_of().text.split())
+    for part in (
+        "12 of those and 150 scenes form 150 groups of 200 images", "nor on a patient that it knows; of 3 images",
+        "2 of 12 patients are both in the test set and outside it", "keeps its split for 190 images; 10 are new",
+        "5 images that it has learned were not there", "that model has learned 1 of the test images",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "no patient IDs were used" not in text
 
 
 def test_card_of_a_class_without_test_images(card_of, results):

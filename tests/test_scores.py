@@ -223,3 +223,10 @@ def test_metric_needs_no_network_and_no_files(monkeypatch, tmp_path):
     for _ in range(2):
         assert metric.compute(predictions=[0, 1, 1], references=[0, 1, 0])["accuracy"] == pytest.approx(2 / 3)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_one_group_has_no_interval():
+    """It says nothing of others: all that is possible is."""
+    result = score(np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]), np.zeros(3, int))
+    assert result["accuracy"] == {"value": pytest.approx(2 / 3), "low": 0.0, "high": 1.0}
+    assert (result["mcc"]["low"], result["mcc"]["high"]) == (-1.0, 1.0)

@@ -38,7 +38,7 @@ def test_sample_takes_under_two_minutes(run):
 
 def test_output_tells_the_story(run):
     text = run["done"].stdout
-    told = "480 images in 8 classes|1 of 480 left out: |converted to RGB: 1 of mode L|training on"
+    told = "480 images in 8 classes|1 of 480 files left out: |converted to RGB: 1 of mode L|training on"
     for part in (told + "|epoch 1 of |test accuracy 0.|95 % interval|model card").split("|"):
         assert part in text, part
     for alarm in ("Traceback", "missing keys", "deprecated"):
@@ -332,8 +332,11 @@ def test_patients_and_a_given_split_go_through_the_whole_run(tmp_path, make_imag
     table = ["--metadata", tmp_path / "mine.csv", "--image_column_name", "Bild"]
     done = run_script(*flags, tmp_path / "model", *table)
     assert done.returncode == 0, done.stderr
-    assert "18 patients and 35 scenes; those that share images form a group" in done.stdout
-    assert "2 of 37 left out: rows without an image (1), images without a row (1)" in done.stdout
+    assert "18 patients or given groups, 35 scenes; those that share images form a group" in done.stdout
+    assert (
+        "1 of 36 files and 1 rows left out: rows without an image (1), images without a row (1)"
+        in done.stdout
+    )
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["label2id"] == {"blue": 0, "green": 1, "red": 2} and not (ROOT / "model").exists()
     report = tmp_path / "model" / "report"
@@ -351,7 +354,10 @@ def test_patients_and_a_given_split_go_through_the_whole_run(tmp_path, make_imag
         35,
         18,
     )
-    assert "18 patients and 35 scenes form 18 groups" in (tmp_path / "model" / "README.md").read_text()
+    assert (
+        "stay together: 18 of those and 35 scenes form 18 groups"
+        in (tmp_path / "model" / "README.md").read_text()
+    )
 
     done = run_script(*flags, tmp_path / "again", "--metadata", report / "split.csv", "--seed", "7")
     assert done.returncode == 0, done.stderr

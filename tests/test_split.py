@@ -116,7 +116,7 @@ def test_groups_too_large_for_the_shares_are_a_warning(images, tmp_path, caplog)
     scenes = grouped(images, [0] * 150 + list(range(1, 198)))  # 150 of 200 images of class a
     with caplog.at_level(logging.WARNING, "finetune_vit"):
         split_images(images, scenes, work_in(tmp_path, Settings(test_size=0.4)))
-    assert "groups are too large" in caplog.text and "a 75%" in caplog.text
+    assert "whole groups cannot give train its 45%" in caplog.text and "a 75%" in caplog.text
 
 
 def test_split_csv_records_every_image_and_is_taken_again(images, tmp_path):
@@ -219,7 +219,7 @@ def test_patients_on_two_sides_are_counted_and_said(images, tmp_path, caplog):
     assert counts["patients_across_test"] == divided
     with caplog.at_level(logging.INFO, "finetune_vit"):
         show_splits(random, scenes)
-    assert "75 patients and 346 scenes; those that share images form a group" in caplog.text
+    assert "75 patients or given groups, 346 scenes; those that share images form a group" in caplog.text
     assert f"optimistic: {divided} patients are both in the test and outside it" in caplog.text
     whole = split_images(known, scenes, work_in(tmp_path / "whole", Settings()))
     assert count_pairs(scenes, whole)["patients_across_test"] == 0

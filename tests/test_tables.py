@@ -15,8 +15,7 @@ from test_layouts import fill, rows
 from steps.columns import COLUMN_WORDS, choose_columns, find_columns
 from steps.load import find_images
 from steps.options import Settings
-from steps.rows import index_files, match
-from steps.tables import read_table
+from steps.tables import index_files, match, read_table
 
 FLAT = ["/a b c d"]  # four images without folders
 CLASSES = ["cat/a b", "dog/c d"]
@@ -178,8 +177,8 @@ def test_names_with_umlauts_in_every_encoding_and_form(tmp_path, encoding, form)
 
 
 REFUSED = {  # the images, the table, flags: what the error says
-    "no rows": (FLAT, "file,label\n", {}, "no row of .*mine.csv names an image in .*: it has no rows"),
-    "empty": (FLAT, "", {}, "cannot read .*mine.csv: No columns to parse from file; give a table as CSV"),
+    "no rows": (FLAT, "file,label\n", {}, "no row of .*mine.csv names one image in .*: no rows"),
+    "empty": (FLAT, "", {}, "cannot read .*mine.csv: No columns to parse from file; save it as CSV"),
     "no images": (
         FLAT,
         "x,label\na,cat\n",
@@ -192,7 +191,12 @@ REFUSED = {  # the images, the table, flags: what the error says
         {},
         "hold the labels, splits or patients; its columns .*--label_column_name",
     ),
-    "other images": (FLAT, "file,label\nz.jpg,cat\n", {}, "for example 'z.jpg'; it should be like a.jpg"),
+    "other images": (
+        FLAT,
+        "file,label\nz.jpg,cat\n",
+        {},
+        "names one image .* for example 'z.jpg'; it should be like a.jpg",
+    ),
     "a column that is not there": (
         FLAT,
         LABELS,
@@ -242,7 +246,7 @@ REFUSED = {  # the images, the table, flags: what the error says
         ["cat/a b", "dog/a b"],
         "file,split\na,train\nb,test\n",
         {},
-        "no row of .* names",
+        "no row of .*mine.csv names one image in .*: several are called a; it should",
     ),
 }
 
@@ -385,7 +389,7 @@ def test_a_table_in_the_folder_that_leads_out_of_it_is_refused(tmp_path, name, p
 @pytest.mark.parametrize("name, text", [("metadata.parquet", "PAR1x"), ("metadata.jsonl", '{"file_name": ')])
 def test_a_damaged_table_is_one_error_line(tmp_path, name, text):
     (fill(tmp_path, CLASSES) / name).write_text(text)
-    with pytest.raises(SystemExit, match=f"cannot read .*{name}: .*; give a table as CSV"):
+    with pytest.raises(SystemExit, match=f"cannot read .*{name}: .*; save it as CSV"):
         find_images(tmp_path, Settings())
 
 
@@ -621,13 +625,19 @@ WRONG_IF_GUESSED = {  # the images, tables beside them and --metadata, flags: wh
         FLAT,
         {"mine.csv": "PK\3\4"},
         {},
-        "cannot read .*mine.csv: it is an Excel workbook; give a table as CSV",
+        "cannot read .*mine.csv: it is an Excel workbook; save it as CSV",
     ),
     "a one that is none": (
         FLAT,
         {"mine.csv": "file,MEL,NV\na,1,0\nb,maybe,0\n"},
         {"label_column_name": ["MEL", "NV"]},
         "row 2 of mine.csv has maybe in column MEL; give 1 or 0 there",
+    ),
+    "one of the one-hot columns": (
+        FLAT,
+        {"mine.csv": "file,MEL,NV,BCC\na,1,0,0\nb,0,1,0\nc,0,0,1\n"},
+        {},
+        "hold the labels, splits or patients; its columns .*: give --label_column_name MEL NV BCC",
     ),
     "no label at all": (
         FLAT,
@@ -674,3 +684,22 @@ def test_classes_that_look_alike_are_refused(tmp_path, names):
     folder = fill(tmp_path / "images", [f"{names[0]}/a", f"{names[1]}/b", "dog/c"])
     with pytest.raises(SystemExit, match="the classes .* and .* have the same name"):
         load_images(folder)
+
+
+def test_what_a_beginner_would_not_notice_is_said(tmp_path, caplog):
+    """A table that is not used, labels instead of folders, one of several columns of ones."""
+    folder = fill(tmp_path / "images", CLASSES)
+    (folder / "patients.csv").write_text("file,patient\na,p1\n")
+    (folder / "notes.xlsx").write_text("x")
+    find_images(folder, Settings())
+    assert "warning: notes.xlsx is not used: if it tells of the images, give --metadata" in caplog.messages
+    assert "warning: patients.csv is not used: if it tells of the images, give --metadata" in caplog.messages
+    caplog.clear()
+    (tmp_path / "mine.csv").write_text("file,dx,MEL,NV\na,x,1,0\nb,x,0,1\nc,y,0,1\nd,y,1,0\n")
+    find_images(folder, Settings(metadata=str(tmp_path / "mine.csv")))
+    assert any("the folders (cat, dog …) are no classes then" in line for line in caplog.messages)
+    (tmp_path / "mine.csv").write_text("file,MEL,NV,BCC\na,1,0,0\nb,0,1,0\nc,0,1,0\nd,0,0,1\n")
+    find_images(folder, Settings(metadata=str(tmp_path / "mine.csv"), label_column_name=["MEL"]))
+    assert any(
+        "NV, BCC hold 0 and 1, too: if each is a class, name them all" in line for line in caplog.messages
+    )

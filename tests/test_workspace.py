@@ -158,7 +158,7 @@ def test_another_split_file_takes_effect_until_something_is_trained(tmp_path, re
     write_split(tmp_path / "wrong.csv", 2, "no-{}" if wrong == "absent files" else "{}")
     right = write_split(tmp_path / "right.csv")
     if wrong == "absent files":
-        with pytest.raises(SystemExit, match="no row of .*wrong.csv names an image in"):
+        with pytest.raises(SystemExit, match="no row of .*wrong.csv names one image in"):
             begin([*ready, "--metadata", str(tmp_path / "wrong.csv")])
     else:
         assert split_of(begin([*ready, "--metadata", str(tmp_path / "wrong.csv")])) != right

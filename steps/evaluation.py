@@ -58,7 +58,9 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     output_dir = Path(trainer.args.output_dir)
     path, parts = output_dir / "report" / "metrics.json", dict(tuple(predictions.groupby("split")))
     record, class_names = read_json(output_dir / "settings.json"), splits["train"].features["label"].names
-    results = read_json(path) | {"data": record["data"]}
+    left_out = path.with_name("left_out.csv")
+    count = len(read_table(left_out, ["file", "reason"])) if left_out.exists() else 0
+    results = read_json(path) | {"data": record["data"] | {"left_out": count}}
     if parts.keys() <= results.keys():
         return results
     tables = {name: parts[name] for name in reversed(SPLITS) if name in parts}

@@ -67,14 +67,9 @@ def read_one(
         if not table.asked_for and not files:
             return None, {}
         example = table.cells[image].iloc[0] if len(table.cells) else ""
-        several = index_files(files, table.base).get("/".join(parts_of(example))) == ""
-        why = (
-            f"several are called {example}"
-            if several
-            else f"for example {example!r}"
-            if example
-            else "no rows"
-        )
+        why = f"for example {example!r}" if example else "no rows"
+        if index_files(files, table.base).get("/".join(parts_of(example))) == "":
+            why = f"several are called {example}"
         stop(f"no row of {table.name} names one image in {folder}: {why}", f"it should be like {files[0]}")
     roles = {"image": [image]} | columns
     understood = ", ".join(f"{role}: {' '.join(names)}" for role, names in roles.items())
@@ -87,16 +82,16 @@ def read_one(
 
 def refuse_columns(table: Table, image: str) -> NoReturn:
     """Raise SystemExit: no column is known to name the images, or none to say something of them."""
-    what, roles = (
-        ("images", ["image"]) if not image else ("labels, splits or patients", ["label", "split", "group"])
-    )
-    flags = " or ".join(f"--{role}_column_name" for role in roles)
-    if image and len(ones := ones_of(table)) > 1:
-        flags = f"--label_column_name {' '.join(ones)}"
-    stop(
-        f"no column of {table.name} is known to hold the {what}",
-        f"its columns are {', '.join(table.cells)}: give {flags}",
-    )
+    what, flags = "the images", "--image_column_name"
+    if image:
+        what, flags = "labels, splits or patients", "--label_column_name"
+        flags += (
+            f" {' '.join(ones)}"
+            if len(ones := ones_of(table)) > 1
+            else ", --split_... or --group_column_name"
+        )
+    remedy = f"its columns are {', '.join(table.cells)}: give {flags}"
+    stop(f"no column of {table.name} is known to hold {what}", remedy)
 
 
 def ones_of(table: Table) -> list[str]:
@@ -231,9 +226,8 @@ def join_rows(table: pd.DataFrame, rows: pd.DataFrame, left_out: dict[str, str])
         left_out |= dict.fromkeys(rows.index[against], why)
         if folders.nunique() > 1 and not set(folders) & {*labels}:
             names = ", ".join(sorted(set(folders.dropna()))[:3])
-            log.warning(
-                "warning: the labels are those of the table; the folders (%s …) are no classes then", names
-            )
+            text = "warning: the labels are those of the table; the folders (%s …) are no classes then"
+            log.warning(text, names)
     table = rows.where(rows != "").combine_first(table).fillna("")
     for name in ("label", "split"):
         if name in table and (name == "label" or table[name].any()):

@@ -1,7 +1,11 @@
 """Small images, a tiny ViT and a way to run the script, for all tests. Nothing here needs a network."""
 
+import atexit
+import functools
+import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -206,10 +210,68 @@ def right_flags(tmp_path):
     return ["--data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "model")]
 
 
-def run_script(*flags, launcher=()):
-    """Run finetune_vit.py as a user would; return the completed process with its output as text."""
-    command = [sys.executable, *launcher, "finetune_vit.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+# Starts runs without their seconds of imports: a fresh process that has imported the rooms, and so all that
+# they import, and forks for each line of flags. A process that never used torch's threads may be forked.
+SERVER = """
+import importlib, json, os, pkgutil, resource, runpy, sys
+import steps
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, pipeline
+for room in pkgutil.iter_modules(steps.__path__):
+    importlib.import_module(f"steps.{room.name}")
+for line in sys.stdin:
+    folder, flags, *outputs, largest_file = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, path in enumerate(outputs, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        script = os.path.abspath("finetune_vit.py")
+        os.chdir(folder)
+        sys.argv = [script, *flags]
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def start_server():
+    """Start a process that runs the script for those who `ask`; it ends once its input is closed."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes)
+
+
+def ask(server, flags, stdout, stderr, largest_file=resource.RLIM_INFINITY, cwd=ROOT):
+    """Let the server run the script in `cwd`; return the process. The server's next line is its status.
+
+    With `largest_file`, in bytes, the run meets a disk that fills up.
+    """
+    words = str(cwd), [str(flag) for flag in flags], str(stdout), str(stderr), largest_file
+    server.stdin.write(json.dumps(words) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+@functools.cache
+def own_server():
+    server = start_server()
+    atexit.register(server.stdin.close)
+    return server
+
+
+def run_script(*flags, launcher=None, cwd=ROOT):
+    """Run finetune_vit.py as a user would; return the completed process with its output as text.
+
+    With a `launcher`, words before the script's name, in a process that has imported nothing.
+    """
+    if launcher is not None:
+        command = [sys.executable, *launcher, "finetune_vit.py", *map(str, flags)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        ask(own_server(), flags, *outputs, cwd=cwd)
+        status = os.waitstatus_to_exitcode(int(own_server().stdout.readline()))
+        return subprocess.CompletedProcess(flags, status, *(path.read_text() for path in outputs))
 
 
 @pytest.fixture(scope="session")
@@ -221,7 +283,7 @@ def run(tmp_path_factory):
     with filelock.FileLock(f"{folder}.lock"):  # the workers of xdist share it
         if not (folder / "done.pickle").exists():
             start = time.perf_counter()
-            done = run_script(*flags)
+            done = run_script(*flags, launcher=())
             assert done.returncode == 0, done.stderr
             (folder / "done.pickle").write_bytes(pickle.dumps((done, time.perf_counter() - start)))
     done, seconds = pickle.loads((folder / "done.pickle").read_bytes())

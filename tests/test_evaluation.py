@@ -171,7 +171,11 @@ def test_metrics_json_has_the_documented_shape(tmp_path, measured):
     assert speed["train_images_per_second"] == 15 and speed["prepare_images_per_second"] == 240
     assert speed["evaluate_images_per_second"] > 0 and speed["peak_memory_bytes"] > 1e8
     assert results["settings"]["seed"] == 42 and "torch" in results["versions"]
-    assert results["data"] == data and results["made"] == "evaluated" and "chosen_epoch" not in results
+    assert (
+        results["data"] == data | {"left_out": 0}
+        and results["made"] == "evaluated"
+        and "chosen_epoch" not in results
+    )
     path.write_text(json.dumps(results | {"mark": "found again"}))
     assert summarise(predictions, splits, scenes, trainer)["mark"] == "found again"
 

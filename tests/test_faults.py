@@ -16,30 +16,8 @@ from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ask, start_server
 from safetensors.torch import load_file
-
-# Starts runs without their seconds of imports: a fresh process that has imported the rooms, and so all that
-# they import, and forks for each line of flags. A process that never used torch's threads may be forked.
-SERVER = """
-import importlib, json, os, pkgutil, resource, runpy, sys
-import steps
-from transformers import AutoConfig, Trainer, ViTForImageClassification, ViTImageProcessor, pipeline
-for room in pkgutil.iter_modules(steps.__path__):
-    importlib.import_module(f"steps.{room.name}")
-for line in sys.stdin:
-    flags, output, largest_file = json.loads(line)
-    child = os.fork()
-    if not child:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1), os.dup2(file, 2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        sys.argv = ["finetune_vit.py", *flags]
-        runpy.run_path("finetune_vit.py", run_name="__main__")
-        sys.exit()
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +27,11 @@ def runner(tmp_path_factory):
     `kind` is the signal that it sends, `seconds` after the output has `text`, unless the run is faster. With
     `largest_file`, in bytes, it stands for a disk that fills up.
     """
-    output = tmp_path_factory.mktemp("output") / "output.txt"
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    output, server = tmp_path_factory.mktemp("output") / "output.txt", start_server()
 
     def run(flags, kind=None, text="", seconds=0.0, largest_file=resource.RLIM_INFINITY):
         output.write_text("")
-        server.stdin.write(json.dumps([[str(flag) for flag in flags], str(output), largest_file]) + "\n")
-        server.stdin.flush()
-        child = int(server.stdout.readline())
+        child = ask(server, flags, output, output, largest_file)
         with suppress(ProcessLookupError):  # raised once it has ended by itself
             while kind and text not in output.read_text():
                 time.sleep(0.01)
@@ -66,8 +39,7 @@ def runner(tmp_path_factory):
             if kind:
                 time.sleep(seconds)
                 os.kill(child, kind)
-        status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
-        return status, output.read_text()
+        return os.waitstatus_to_exitcode(int(server.stdout.readline())), output.read_text()
 
     yield run
     server.stdin.close()

@@ -189,7 +189,7 @@ REFUSED = {  # the images, the table, flags: what the error says
         FLAT,
         "file,x\na,cat\n",
         {},
-        "hold the labels, splits or patients; its columns .*--label_column_name",
+        "hold labels, splits or patients; its columns .*--label_column_name",
     ),
     "other images": (
         FLAT,
@@ -637,7 +637,7 @@ WRONG_IF_GUESSED = {  # the images, tables beside them and --metadata, flags: wh
         FLAT,
         {"mine.csv": "file,MEL,NV,BCC\na,1,0,0\nb,0,1,0\nc,0,0,1\n"},
         {},
-        "hold the labels, splits or patients; its columns .*: give --label_column_name MEL NV BCC",
+        "hold labels, splits or patients; its columns .*: give --label_column_name MEL NV BCC",
     ),
     "no label at all": (
         FLAT,

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import COLOURS, ROOT, draw, read_settings, story
+from conftest import COLOURS, ROOT, draw, read_settings, run_script, story
 from transformers import ViTImageProcessor
 
 from steps.preprocess import decode_file
@@ -27,8 +27,7 @@ SCRIPT = ROOT / "finetune_vit.py"
 
 
 def use(folder, *flags):
-    command = [sys.executable, SCRIPT, *map(str, flags)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return run_script(*flags, cwd=folder)
 
 
 def reported(run):

@@ -61,7 +61,7 @@ SAMPLE = ("--config", "data/sample.yaml")
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
-SLOW = "faults script use publish checkpoints settings scale".split()  # from the slowest on
+SLOW = "script faults publish scale use notebook checkpoints recipe finetune settings".split()  # from the slowest on
 
 
 def pytest_collection_modifyitems(items):

@@ -61,7 +61,8 @@ SAMPLE = ("--config", "data/sample.yaml")
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
-SLOW = "script faults publish scale use notebook checkpoints recipe finetune settings".split()  # from the slowest on
+# From the slowest on; the second and third have no need of the sample, which the first one makes.
+SLOW = "script faults scale publish use notebook checkpoints recipe finetune settings download".split()
 
 
 def pytest_collection_modifyitems(items):

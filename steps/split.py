@@ -23,16 +23,13 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
 
     A split that is already recorded there is used again. Raises SystemExit where no split is possible.
     """
-    path, settings = work.report / "split.csv", work.settings
-    sizes = 1 - settings.test_size - settings.validation_size, settings.validation_size, settings.test_size
-    shares = {name: size for name, size in zip(SPLITS, sizes, strict=True) if size}
-    files = images["file"][:]
+    path, shares, files = work.report / "split.csv", shares_of(work.settings), images["file"][:]
     if path.exists():
         table = read_table(path, ["file", "split"]).set_index("file")
         split = table["split"].reindex(files, fill_value="").to_numpy()
     else:
-        split = make_split(images, scenes, shares, work)
-    check_split(images, split, shares, split_rule(images, settings.split_by))
+        split = make_split(images, scenes, work)
+    check_split(images, split, shares, split_rule(images, work.settings.split_by))
     if not path.exists():
         names = np.array(images.features["label"].names)
         table = {"file": files, "label": names[images["label"][:]], "split": split}
@@ -44,22 +41,27 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
     return DatasetDict({name: images.select(rows[name]) for name in SPLITS})
 
 
+def shares_of(settings: Settings) -> dict[str, float]:
+    """Return {split: its share of the images}, without a split that gets none."""
+    sizes = 1 - settings.test_size - settings.validation_size, settings.validation_size, settings.test_size
+    return {name: size for name, size in zip(SPLITS, sizes, strict=True) if size}
+
+
 def split_rule(images: Dataset, split_by: str | None) -> str:
     """Return what was asked for, else "given" where the data have a split, else "near-duplicates"."""
     return split_by or ("given" if "split" in images.column_names else "near-duplicates")
 
 
-def make_split(images: Dataset, scenes: Scenes, shares: dict[str, float], work: Workspace) -> np.ndarray:
+def make_split(images: Dataset, scenes: Scenes, work: Workspace) -> np.ndarray:
     """Return the name of each image's split (n,): as given, as an earlier model had it, or dealt out."""
-    rule, seed = split_rule(images, work.settings.split_by), work.training.seed
+    rule, shares = split_rule(images, work.settings.split_by), shares_of(work.settings)
     labels, names = np.array(images["label"]), images.features["label"].names
     whole = kept_whole(scenes.groups, work.settings)
     fewest, scarce = min((len(set(whole[labels == label])), name) for label, name in enumerate(names))
     if fewest < work.settings.cross_validate:
-        text = (
-            f"--cross_validate {work.settings.cross_validate}, but only {fewest} groups of images of {scarce}"
-        )
-        stop(text, "give fewer folds: each tests every class")
+        few = f"but only {fewest} groups of images of {scarce}"
+        remedy = "give fewer folds: each tests every class"
+        stop(f"--cross_validate {work.settings.cross_validate}, {few}", remedy)
     files, earlier = images["file"][:], find_earlier(work)
     before = earlier.reindex(files, fill_value="").to_numpy() if earlier is not None else np.array([])
     if rule == "given":
@@ -75,7 +77,7 @@ def make_split(images: Dataset, scenes: Scenes, shares: dict[str, float], work: 
         if fewest < len(shares):
             remedy = "add other images, or decide yourself: --metadata FILE.csv with columns file, split"
             stop(f"too few groups of images in {scarce}: each class needs {len(shares)}", remedy)
-        split = np.array([*shares], dtype=object)[deal(labels, whole, [*shares.values()], seed)]
+        split = deal_out(labels, whole, work)
     record_earlier(earlier, pd.Series(split, files), work)
     return split
 
@@ -93,10 +95,8 @@ def complete(split: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Wo
         split[split == "validation"] = "test"
     share, train = work.settings.validation_size, np.flatnonzero(split == "train")
     if "validation" not in split and share:
-        log.info(
-            "the given split has no validation images: %.0f%% of the training images, in whole groups",
-            100 * share,
-        )
+        text = "the given split has no validation images: %.0f%% of the training images, in whole groups"
+        log.info(text, 100 * share)
         part = deal(labels[train], groups[train], [1 - share, share], work.training.seed)
         lost = ~np.isin(labels[train], labels[train][part == 0])  # of classes with one group
         part[np.isin(groups[train], groups[train][lost])] = 0
@@ -110,18 +110,19 @@ def extend(earlier: np.ndarray, labels: np.ndarray, groups: np.ndarray, work: Wo
     A new image that shares a group with earlier ones goes to their side; if those are on several sides, to
     training: the model may have learned it.
     """
-    split, settings = earlier.copy(), work.settings
+    split = earlier.copy()
     for name in ("test", "validation", "train"):
         split[(earlier == "") & np.isin(groups, groups[earlier == name])] = name
     new = np.flatnonzero(split == "")
     if len(new):
-        sizes = [
-            1 - settings.test_size - settings.validation_size,
-            settings.validation_size,
-            settings.test_size,
-        ]
-        split[new] = np.array(SPLITS, dtype=object)[deal(labels[new], groups[new], sizes, work.training.seed)]
+        split[new] = deal_out(labels[new], groups[new], work)
     return split
+
+
+def deal_out(labels: np.ndarray, groups: np.ndarray, work: Workspace) -> np.ndarray:
+    """Return the name of each image's split (n,), dealt out by the shares and the seed of the run."""
+    shares = shares_of(work.settings)
+    return np.array([*shares], dtype=object)[deal(labels, groups, [*shares.values()], work.training.seed)]
 
 
 def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float], rule: str) -> None:

@@ -106,6 +106,14 @@ def test_a_given_split_that_tests_what_was_learned_is_said(earlier, divide, capl
     assert "16 test images are among those that" in caplog.text and "optimistic" in caplog.text
 
 
+def test_without_a_share_for_validation_no_new_image_validates(earlier, divide):
+    new = [f"{letter}/new{n:02}" for letter in "ab" for n in range(40)]
+    split, _ = divide(table([*earlier, *new]), validation_size=0.0)
+    for letter in "ab":
+        counts = pd.Series({file: split[file] for file in new if file[0] == letter}).value_counts()
+        assert counts.to_dict() == {"train": 34, "test": 6}
+
+
 def test_folds_from_it_are_refused(earlier, divide):
     with pytest.raises(
         SystemExit, match="--cross_validate would test .*earlier on images that it may have learned"

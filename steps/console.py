@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import ssl
 import sys
 import time
 import warnings
@@ -90,6 +91,21 @@ def retry(action: Callable, *args: Any, when: Callable | None = None, **options:
             log.warning("warning: %s; trying again in %s s", " ".join(str(problem).split()), wait)
             time.sleep(wait)
     return action(*args, **options)
+
+
+def may_pass(problem: BaseException) -> bool:
+    """Say whether a failed download or upload is worth another try."""
+    problem = hidden_cause(problem)
+    response = getattr(problem, "response", None)  # of the Hub's client
+    if status := getattr(problem, "code", None) or getattr(response, "status_code", None):
+        return status in (408, 416, 425, 429, 500, 502, 503, 504)
+    certificate = isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError)
+    return not (certificate or isinstance(problem, ValueError) or file_error(problem) in LASTING)
+
+
+def hidden_cause(problem: BaseException) -> BaseException:
+    """Return what went wrong on the way to the Hub, which its client at times hides behind a RuntimeError."""
+    return problem.__cause__ or problem if isinstance(problem, RuntimeError) else problem
 
 
 def bars_wanted() -> bool:

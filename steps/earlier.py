@@ -16,13 +16,13 @@ def find_earlier(work: Workspace) -> pd.Series | None:
     Raises SystemExit for `--cross_validate`: its folds would be tested on what the model has learned.
     """
     name = work.settings.model_name_or_path
-    config, found = fetch(name, "config.json"), fetch(name, "report/split.csv")
+    config = fetch(name, "config.json")
     if not (config and "calibration_temperature" in read_json(config)):
         return None
     if work.settings.cross_validate:
         problem = f"--cross_validate would test {name} on images that it may have learned"
         stop(problem, "give the checkpoint that it was made from")
-    if not found:
+    if not (found := fetch(name, "report/split.csv")):
         log.warning("warning: %s has no report/split.csv: it may have learned some of the test images", name)
         return pd.Series(dtype=object)
     return read_table(found, ["file", "split"]).set_index("file")["split"]
@@ -51,10 +51,8 @@ def record_earlier(earlier: pd.Series | None, split: pd.Series, work: Workspace)
         counts["learned"] = tested.isin(learned)
         record["earlier"] = counts = {key: int(found.sum()) for key, found in counts.items()}
         if counts["absent"]:
-            text = (
-                "warning: %s images that %s has learned are not here by these names: the test may hold them"
-            )
-            log.warning(text, counts["absent"], name)
+            text = "warning: %s images that %s has learned are not here by these names: "
+            log.warning(text + "the test may hold them", counts["absent"], name)
         if counts["learned"]:
             text = "warning: %s test images are among those that %s has learned: the score will be optimistic"
             log.warning(text, counts["learned"], name)

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import ssl
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +16,8 @@ import PIL.Image
 from datasets import ClassLabel, DatasetBuilder, Features, Image, IterableDataset, Value, load_dataset_builder
 
 from .columns import SPLIT_WORDS, choose_columns
-from .console import LASTING, PASSING, bars_wanted, file_error, first_line, log, progress, retry, stop
+from .console import LASTING, PASSING, bars_wanted, file_error, first_line, hidden_cause, log, may_pass
+from .console import progress, retry, stop
 from .files import atomic, need_space, read_json, remove, write_json, write_table
 from .options import Settings
 
@@ -228,18 +228,3 @@ def refuse(problem: BaseException, settings: Settings) -> NoReturn:
         remedy = "try what the Hub has made of it: --dataset_revision refs/convert/parquet"
         stop(f"{name} is read by a script of its own, which could do anything", remedy)
     stop(f"cannot read {name}: {first_line(problem)}", "check the network, or fetch it and give --data_dir")
-
-
-def may_pass(problem: BaseException) -> bool:
-    """Say whether a failed download or upload is worth another try."""
-    problem = hidden_cause(problem)
-    response = getattr(problem, "response", None)  # of the Hub's client
-    if status := getattr(problem, "code", None) or getattr(response, "status_code", None):
-        return status in (408, 416, 425, 429, 500, 502, 503, 504)
-    certificate = isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError)
-    return not (certificate or isinstance(problem, ValueError) or file_error(problem) in LASTING)
-
-
-def hidden_cause(problem: BaseException) -> BaseException:
-    """Return what went wrong on the way to the Hub, which its client at times hides behind a RuntimeError."""
-    return problem.__cause__ or problem if isinstance(problem, RuntimeError) else problem

@@ -183,10 +183,8 @@ def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dic
     """
     folder = Path(work.settings.external_dir).resolve()
     images, left_out = load_folder(folder, Settings(group_by="none"), work.cache)
-    names, inner = (
-        images.features["label"].names,
-        {file.split("/")[-2] for file in images["file"] if "/" in file},
-    )
+    names = images.features["label"].names
+    inner = {file.split("/")[-2] for file in images["file"] if "/" in file}
     if not set(names) & set(class_names) and inner & set(class_names):  # in folders of patients, perhaps
         images, left_out = load_folder(folder, Settings(group_by="parent"), work.cache)
         names = images.features["label"].names

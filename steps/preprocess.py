@@ -33,6 +33,7 @@ from .architectures import pixel_shape
 from .console import bars_wanted, log, retry, show_images, stop
 from .files import need_space, read_table, remove, write_json, write_table
 from .load import summary
+from .rows import REPEATED, WITHOUT_IMAGE
 
 # Their processors do no more than resize, crop at the centre, rescale and normalise.
 PLAIN = [f"{name}ImageProcessor" for name in ("Beit", "Bit", "DeiT", "Siglip", "ViT")]
@@ -171,7 +172,7 @@ def keep_readable(images: Dataset, left_out: dict[str, str], path: Path) -> Data
             write_table(path, table)
         if (errors != "").all():
             stop(f"none of the images can be read: {summary(left_out.values())}", f"see {path}")
-        rows = sum(reason.startswith(("rows ", "repeated rows")) for reason in left_out.values())
+        rows = sum(reason in (WITHOUT_IMAGE, REPEATED) for reason in left_out.values())
         count, total = len(left_out) - rows, len(left_out) - rows + int((errors == "").sum())
         what = f"{count} of {total} files" + (f" and {rows} rows" if rows else "")
         log.warning("%s left out: %s; see %s", what, summary(left_out.values()), path)

@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 import transformers
 
-from .console import MAIN, log, retry, stop
+from .console import MAIN, hidden_cause, log, may_pass, retry, stop
 from .files import read_json, sha256_of, write_json
-from .hubdata import hidden_cause, may_pass
 from .report import write_card
 from .workspace import Workspace
 

@@ -14,6 +14,7 @@ from .tables import Table, find_tables, index_files, match, parts_of
 
 WEAK = "category grade level".split()  # columns that may be labels, but not where folders are classes
 NOBODY = ("", "na", "nan", "none", "null", "unknown")  # in a column of patients
+WITHOUT_IMAGE, REPEATED = "rows without an image", "repeated rows for an image"  # why a row is left out
 ONES = {"1": 1, "true": 1, "yes": 1, "x": 1, "0": 0, "false": 0, "no": 0, "": 0}
 
 
@@ -96,8 +97,12 @@ def refuse_columns(table: Table, image: str) -> NoReturn:
 
 def ones_of(table: Table) -> list[str]:
     """Return the columns that hold 0 and 1 and nothing else, as those of one-hot labels do."""
-    cells = table.cells.replace({"0.0": "0", "1.0": "1"})
-    return [name for name in cells if set(cells[name]) == {"0", "1"}]
+    return [name for name in table.cells if is_binary(table.cells[name])]
+
+
+def is_binary(column: pd.Series) -> bool:
+    """Say whether a column, str, holds 0 and 1 and nothing else."""
+    return {value.removesuffix(".0") for value in column.unique()} == {"0", "1"}
 
 
 def choose_roles(table: Table, files: list[str], settings: Settings) -> dict[str, list[str]]:
@@ -110,8 +115,7 @@ def choose_roles(table: Table, files: list[str], settings: Settings) -> dict[str
             text = "warning: folders name the classes, not the column %s: if it does, --label_column_name %s"
             log.warning(text, labels[0], labels[0])
             labels = []
-    ones = ones_of(table) if len(labels) == 1 else []
-    if labels and labels[0] in ones and len(ones) > 2:
+    if len(labels) == 1 and is_binary(table.cells[labels[0]]) and len(ones := ones_of(table)) > 2:
         text = "warning: %s hold 0 and 1, too: if each is a class, name them all after --label_column_name"
         log.warning(text, ", ".join(name for name in ones if name not in labels))
     others = [name for name in names if name not in labels]
@@ -130,8 +134,9 @@ def choose_image(table: Table, files: list[str], folder: Path, settings: Setting
 
     Raises SystemExit where two columns name different images, or a name leads out of the folder.
     """
-    names = choose_columns("image", [*table.cells], settings)
-    names = names if settings.image_column_name else find_columns("image", table.cells)
+    names = find_columns("image", table.cells)
+    if settings.image_column_name:
+        names = choose_columns("image", [*table.cells], settings)
     known = index_files(files, table.base)
     found = {name: table.cells[name].map(lambda text: match(text, known)) for name in names}
     if not found:
@@ -202,13 +207,13 @@ def settle(rows: pd.DataFrame, roles: list[str], name: str) -> tuple[pd.DataFram
             log.warning(text, name, unknown)
     left_out = {}
     for row in rows[rows["file"] == ""].itertuples():
-        left_out[f"{name}, row {row.number}: {row.named}"] = "rows without an image"
+        left_out[f"{name}, row {row.number}: {row.named}"] = WITHOUT_IMAGE
     rows = rows[rows["file"] != ""]
     differ = rows.drop_duplicates(["file", *roles])["file"]
     left_out |= dict.fromkeys(differ[differ.duplicated()], f"images whose rows in {name} differ")
     rows = rows[~rows["file"].isin(left_out)]
     for row in rows[rows["file"].duplicated()].itertuples():
-        left_out[f"{name}, row {row.number}: {row.named}"] = "repeated rows for an image"
+        left_out[f"{name}, row {row.number}: {row.named}"] = REPEATED
     return rows.drop_duplicates("file").set_index("file")[roles], left_out
 
 

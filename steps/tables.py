@@ -43,9 +43,9 @@ def find_tables(folder: Path, settings: Settings) -> list[Table]:
                     log.warning("warning: not used beside --metadata: %s", others[0])
                 return [Table(read_table(path), path.name, "", True)]
         stop(f"--metadata {settings.metadata} is not a file, here or in {folder}", "give the path of a table")
-    for path in sorted(folder.glob("*")):
-        if path.suffix.lower() in (*KINDS, ".xlsx") and path.relative_to(folder) not in found:
-            log.warning("warning: %s is not used: if it tells of the images, give --metadata", path.name)
+    others = {path.name for path in folder.iterdir() if path.suffix.lower() in (*KINDS, ".xlsx")}
+    for name in sorted(others - set(map(str, found))):
+        log.warning("warning: %s is not used: if it tells of the images, give --metadata", name)
     asked = [name for name, value in vars(settings).items() if name.endswith("_column_name") and value]
     if asked and not found:
         stop(f"--{asked[0]} names a column, but there is no table", "give one with --metadata FILE.csv")

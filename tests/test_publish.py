@@ -345,3 +345,5 @@ def test_a_model_of_ours_on_the_hub_brings_its_split(client, tmp_path, monkeypat
     works = (Workspace(Settings(model_name_or_path=name), None, tmp_path) for name in ("me/ours", "me/other"))
     ours, other = map(find_earlier, works)
     assert ours.to_dict() == {"a/1.jpg": "test"} and other is None
+    asked = [path for _, path in client.requests if path.endswith("split.csv")]
+    assert asked and not [path for path in asked if "me/other" in path]  # one request less in most runs

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
+from datasets import Dataset
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -37,6 +38,7 @@ from steps.download import fetch_images
 from steps.load import load_folder
 from steps.preprocess import keep_readable, pixels_of, prepare_pixels
 from steps.use import load_classifier
+from steps.workspace import Workspace
 
 
 def class_tokens(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -47,6 +49,19 @@ def class_tokens(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
         for start in tqdm(range(0, len(pixels), 32), desc="class tokens"):
             model(pixel_values=torch.from_numpy(pixels[start : start + 32]))
     return torch.nn.functional.normalize(torch.cat(tokens), dim=-1).numpy()
+
+
+def read_images(work: Workspace) -> tuple[Dataset, tuple[int, int, int], np.ndarray]:
+    """Return the prepared images of a run, the shape of their pixels, and their class tokens."""
+    name = work.settings.model_name_or_path
+    check_checkpoint(name)
+    folder, _ = fetch_images(work)
+    model, processor = load_classifier(name)
+    listed, left_out = load_folder(folder, work.settings, work.cache)
+    images = prepare_pixels(listed, folder, processor, work.cache)
+    images, shape = keep_readable(images, left_out, work.report / "left_out.csv"), pixel_shape(processor)
+    pixels = pixels_of(images["file"], images, shape)
+    return images, shape, class_tokens(model, pixels.transpose(0, 3, 1, 2).copy())
 
 
 def connected(distance: np.ndarray, threshold: float) -> np.ndarray:
@@ -81,17 +96,10 @@ def main() -> None:
 
     temporary = tempfile.TemporaryDirectory()
     work = make_work([*flags, "--output_dir", temporary.name])
-    name = work.settings.model_name_or_path
-    check_checkpoint(name)
-    folder, _ = fetch_images(work)
-    model, processor = load_classifier(name)
-    listed, left_out = load_folder(folder, work.settings, work.cache)
-    images = prepare_pixels(listed, folder, processor, work.cache)
-    images = keep_readable(images, left_out, work.report / "left_out.csv")
-    shape, labels, n = pixel_shape(processor), np.array(images["label"]), len(images)
+    images, shape, tokens = read_images(work)
+    labels, n = np.array(images["label"]), len(images)
     pixels = pixels_of(images["file"], images, shape)
 
-    tokens = class_tokens(model, pixels.transpose(0, 3, 1, 2).copy())
     cosine = 1 - (tokens @ tokens.T).clip(-1, 1)
     bits = np.stack([imagehash.phash(PIL.Image.fromarray(picture)).hash.ravel() for picture in pixels])
     phash = (bits[:, None] != bits).sum(-1)

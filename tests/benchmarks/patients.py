@@ -16,15 +16,10 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from near_duplicates import class_tokens, probe
+from near_duplicates import probe, read_images
 from story import make_work
 
-from steps.architectures import check_checkpoint, pixel_shape
-from steps.download import fetch_images
 from steps.duplicates import find_scenes, group_images
-from steps.load import load_folder
-from steps.preprocess import keep_readable, pixels_of, prepare_pixels
-from steps.use import load_classifier
 
 
 def main() -> None:
@@ -32,16 +27,8 @@ def main() -> None:
     _, flags = parser.parse_known_args()
     temporary = tempfile.TemporaryDirectory()
     work = make_work([*flags, "--output_dir", temporary.name])
-    name = work.settings.model_name_or_path
-    check_checkpoint(name)
-    folder, _ = fetch_images(work)
-    model, processor = load_classifier(name)
-    listed, left_out = load_folder(folder, work.settings, work.cache)
-    images = prepare_pixels(listed, folder, processor, work.cache)
-    images = keep_readable(images, left_out, work.report / "left_out.csv")
-    shape, files = pixel_shape(processor), images["file"][:]
-    tokens = class_tokens(model, pixels_of(files, images, shape).transpose(0, 3, 1, 2).copy())
-
+    images, shape, tokens = read_images(work)
+    files = images["file"][:]
     scenes = find_scenes(images, shape, work.report / "near_duplicates.csv")
     groups = {
         "random": np.arange(len(files)),

@@ -60,6 +60,9 @@ def end_in_one_line(kind: type[BaseException], problem: BaseException, trace: Tr
     elif issubclass(kind, ModuleNotFoundError):
         remedy = "activate the environment (source .venv/bin/activate), or pip install -r requirements.txt"
         line = f"error: the package {problem.name} is not installed in {sys.executable}; {remedy}"
+    elif kind.__name__ == "OutOfMemoryError":  # torch's; training itself gives more advice
+        remedy = "nvidia-smi shows what else uses the GPU; or try --per_device_eval_batch_size 8"
+        line = f"error: {str(problem).split('.')[0]}; {remedy}"
     elif file_error(problem) in PASSING | LASTING:
         line = f"error: a file cannot be used: {problem}; {go_on}"
     else:

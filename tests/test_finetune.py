@@ -199,7 +199,7 @@ def test_class_weights_count_classes_alike_and_batches_by_their_images(start):
     trainer = start("model", "--class_weights").build()
     images = trainer.train_dataset.select([0, 1, 2, 3, 14, 15, 28])  # 4, 2 and 1 of the classes
     assert np.bincount(images["label"]).tolist() == [4, 2, 1]
-    loss, logits = weighted_loss(images, SimpleNamespace(label_smoothing_factor=0.0)), torch.randn(7, 3)
+    loss, logits = weighted_loss(images, trainer.args), torch.randn(7, 3)
     labels = torch.tensor(images["label"][:])
     weights = torch.tensor([7 / 12, 7 / 6, 7 / 3])
     expected = torch.nn.functional.cross_entropy(logits, labels, weights, reduction="none")

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def test_no_group_teaches_and_tests(protocol, parts):
     labels[:60] = random.integers(0, 4, 60)  # scenes with two labels
     tests = []
     for seed in (0, 1):
-        found = list(recipe.divisions(protocol, labels, groups, seed))
+        options = Namespace(protocol=protocol, folds=3)
+        found = list(recipe.divisions(options, labels, groups, seed))
         assert len(found) == parts
         for taught, tested in found:
             assert not set(groups[taught]) & set(groups[tested])

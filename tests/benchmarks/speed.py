@@ -1,11 +1,13 @@
 """How fast each step is, against the tutorial's way, transformers' example and a bare PyTorch loop.
 
     python tests/benchmarks/speed.py [--data_dir FOLDER] [--model_name_or_path MODEL] [--output FILE.json]
+    python tests/benchmarks/speed.py --vit_b --images_per_step 8 16 32 64 128 --steps 40 \
+        --parts prepare iterate train profile evaluate predict augment tutorial     (on a GPU)
 
-Runs on the CPU or the first GPU. Without a folder of class folders it draws JPEGs of Kvasir's sizes (about
-290 kB each), without a model it takes a ViT-S/16 of random weights. Every figure is the median of `--repeats`
-measurements, the ways in turn, with the lowest and the highest. Needs no network; takes about 15 minutes on
-two cores.
+Runs on the first GPU, else on the CPU. Without a folder of class folders it draws JPEGs of Kvasir's sizes
+(about 290 kB each), without a model it takes a ViT-S/16 of random weights. Every figure is the median of
+`--repeats` measurements, the ways in turn, with the lowest and the highest. Needs no network; takes about 15
+minutes on two cores. Other flags are those of the script, such as --torch_compile true, --optim adamw_torch.
 
 ways: tutorial    Dataset.map to lists of floats, torch.tensor in the collate function, float32
       example     set_transform in two worker processes, with torchvision's transforms where it is installed,
@@ -26,14 +28,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
+import simplejpeg
 import torch
 import transformers
+from torch.autograd import DeviceType
 from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import DataLoader
 
@@ -49,6 +55,7 @@ from steps.use import classify
 from steps.workspace import versions
 
 KVASIR_SIZES = [(720, 576)] * 4 + [(1280, 1024)] * 3 + [(1920, 1072)]
+PARTS = "start prepare iterate train profile evaluate predict augment tutorial memory".split()
 figures = defaultdict(list)  # (what, way, unit): measurements
 
 
@@ -63,23 +70,28 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def draw_photos(folder: Path, count: int) -> None:
-    """Draw `count` JPEGs of two classes: soft colours and grain, about 290 kB each."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        width, height = KVASIR_SIZES[i % len(KVASIR_SIZES)]
-        soft = PIL.Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((width, height))
-        grain = rng.normal(0, 6e3 / (width * height) ** 0.5, (height, width, 1))
-        path = folder / f"class-{i // 8 % 2}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+def draw_photo(folder: Path, classes: int, number: int) -> None:
+    """Draw a JPEG of about 290 kB: soft colours and grain."""
+    rng = np.random.default_rng(number)
+    width, height = KVASIR_SIZES[number % len(KVASIR_SIZES)]
+    soft = PIL.Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((width, height))
+    grain = rng.standard_normal((height, width, 1), np.float32) * 6e3 / (width * height) ** 0.5
+    path = folder / f"class-{number // 8 % classes}" / f"{number}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(simplejpeg.encode_jpeg((soft + grain).clip(0, 255).astype(np.uint8), quality=90))
 
 
-def make_model(name: str | None, folder: Path) -> str:
-    """Return `name`, or the folder of a new ViT-S/16 of random weights."""
+def draw_photos(folder: Path, count: int, classes: int) -> None:
+    """Draw so many JPEGs of Kvasir's sizes on all cores."""
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(partial(draw_photo, folder, classes), range(count), chunksize=8))
+
+
+def make_model(name: str | None, folder: Path, base: bool) -> str:
+    """Return `name`, or the folder of a new ViT-S/16 of random weights, of a ViT-B/16 if `base`."""
     if name is None:
-        name = str(folder / "vit-s")
-        sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+        name = str(folder / "vit")
+        sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536} if not base else {}
         transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(name)
         transformers.ViTImageProcessor().save_pretrained(name)
     return name
@@ -186,8 +198,11 @@ class BareLoop(transformers.TrainerCallback):
 
     def __init__(self, trainer: transformers.Trainer, shape: tuple[int, int, int]) -> None:
         self.trainer, self.shape = trainer, shape
+        self.what = f"train, {trainer.args.train_batch_size} images per step"
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def prepare(self, args: transformers.TrainingArguments) -> None:
+        if args.device.type == "cuda":  # so far the memory holds nothing of the bare loop
+            note(self.what, "script", "MB, peak", torch.cuda.max_memory_allocated() / 1e6)
         self.model = copy.deepcopy(self.trainer.model)
         fused = {"fused": True} if "fused" in args.optim else {}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), args.learning_rate, **fused)
@@ -199,22 +214,53 @@ class BareLoop(transformers.TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         seconds = clock(args.device) - self.start
+        if state.epoch == 1:
+            self.prepare(args)
         steps = round(state.max_steps / args.num_train_epochs)
         self.model.train()
-        with precision(args):
-            start = clock(args.device)
-            for _ in range(steps):
+        start = clock(args.device)
+        for _ in range(steps):
+            with precision(args):
                 loss = self.model(pixel_values=self.pixels, labels=self.labels).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            bare = clock(args.device) - start
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        bare = clock(args.device) - start
         if state.epoch > 1:
             images = steps * args.train_batch_size
-            note("train", "script", "images/s", images / seconds)
-            note("train", "bare", "images/s", images / bare)
-            note("train", "script / bare", "ratio", bare / seconds)
+            note(self.what, "script", "images/s", images / seconds)
+            note(self.what, "bare", "images/s", images / bare)
+            note(self.what, "script / bare", "ratio", bare / seconds)
+
+
+class Profile(transformers.TrainerCallback):
+    """What PyTorch's profiler says of the last steps of an epoch: is the device waited for, is it busy?"""
+
+    WARM_UP = 10  # steps
+
+    def __init__(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        self.profiler = torch.profiler.profile(activities=activities)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.WARM_UP:
+            self.start = clock(args.device)
+            self.profiler.start()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        seconds, steps = clock(args.device) - self.start, state.global_step - self.WARM_UP
+        self.profiler.stop()
+        what, events = f"profile, {args.train_batch_size} images per step", self.profiler.key_averages()
+        kernels = [event for event in self.profiler.events() if event.device_type == DeviceType.CUDA]
+        kernels = [event for event in kernels if not event.is_user_annotation]  # those span many kernels
+        busy = sum(event.self_device_time_total for event in kernels) / 1e6
+        waits = {
+            event.key: event.count for event in events if "Synchronize" in event.key or "DtoH" in event.key
+        }
+        note(what, "script", "share of time the device is busy", busy / seconds)
+        note(what, "script", "waits for the device per step", sum(waits.values()) / steps)
+        print(f"{what}: {waits} in {steps} steps", flush=True)
 
 
 def precision(args: transformers.TrainingArguments) -> torch.autocast:
@@ -364,12 +410,15 @@ def measure_start_up(work: Path, repeats: int) -> None:
 # ---------------------------------------------------------------- all of it
 
 
-def build(checkpoint: str, pixels, processor, options: list[str]) -> transformers.Trainer:
-    """Return the script's own Trainer; both splits are whole batches of `pixels`, repeated if need be."""
+def build(checkpoint: str, pixels, processor, options: list[str], steps: int | None) -> transformers.Trainer:
+    """Return the script's own Trainer; both splits are `steps` whole batches of `pixels`.
+
+    Without `steps`, as many batches as 256 images make.
+    """
     settings, training = read_settings(options)
     splits = {}
     for name, batch in (("train", training.train_batch_size), ("validation", training.eval_batch_size)):
-        count = max(1, min(len(pixels), 256) // batch) * batch
+        count = (steps or max(1, min(len(pixels), 256) // batch)) * batch
         splits[name] = pixels.select(np.arange(count) % len(pixels))
     return build_trainer(
         checkpoint, datasets.DatasetDict(splits), training, settings=settings, processor=processor,
@@ -378,45 +427,71 @@ def build(checkpoint: str, pixels, processor, options: list[str]) -> transformer
 
 
 def measure(options: argparse.Namespace, work: Path, more: list[str]) -> None:
-    checkpoint = make_model(options.model_name_or_path, work)
+    checkpoint = make_model(options.model_name_or_path, work, options.vit_b)
     processor = transformers.ViTImageProcessor.from_pretrained(checkpoint)
-    folder = Path(options.data_dir or work / "photos").resolve()
+    folder, parts, repeats = (
+        Path(options.data_dir or work / "photos").resolve(),
+        options.parts,
+        options.repeats,
+    )
     if options.data_dir is None:
-        draw_photos(folder, 256)
+        draw_photos(folder, 256, 2)
     images, _ = load_folder(folder, Settings(), work / "hub")
     few = min(len(images), 64)
     settings = ["--output_dir", str(work / "model"), "--report_to", "none", "--disable_tqdm", "true"]
     settings += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
-    settings += ["--data_url", "https://unused/x.zip", "--num_train_epochs", str(options.repeats + 1), *more]
+    settings += ["--data_url", "https://unused/x.zip", "--num_train_epochs", str(repeats + 1)]
+    settings += ["--min_steps", "0", *more]
 
-    measure_start_up(work, options.repeats)
+    if "start" in parts:
+        measure_start_up(work, repeats)
     datasets.disable_progress_bars()
     slow, fast, larger, processor_of_larger = measure_preparation(
-        images, folder, processor, work, options.repeats, few
+        images, folder, processor, work, repeats if "prepare" in parts else 1, few
     )
     shape = pixel_shape(processor)
-    trainer = build(checkpoint, fast, processor, settings)
+    for count in options.images_per_step:
+        flags = [*settings, "--per_device_train_batch_size", str(count)]
+        if "train" in parts:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            trainer = build(checkpoint, fast, processor, flags, options.steps)
+            trainer.add_callback(BareLoop(trainer, shape))
+            trainer.train()
+        if "profile" in parts:
+            profiled = build(checkpoint, fast, processor, [*flags, "--num_train_epochs", "1"], options.steps)
+            profiled.add_callback(Profile())
+            profiled.train()
+    trainer = build(checkpoint, fast, processor, settings, options.steps)
     wide = transformers.Trainer(
         trainer.model, trainer.args, data_collator=Collator(pixel_shape(processor_of_larger)),
         train_dataset=larger.select_columns(["pixel_values", "label"]),
     )  # fmt: skip
-    measure_iteration(slow, images, folder, processor, trainer, wide, options.repeats)
-    trainer.add_callback(BareLoop(trainer, shape))
-    trainer.train()
-    measure_evaluation(trainer, shape, options.repeats)
-    measure_prediction(trainer, folder, processor, options.repeats)
-    measure_augmentation(trainer.args, shape, options.repeats)
-    for speed in tutorial_training(slow, checkpoint, trainer.args, options.repeats):
-        note("train", "tutorial", "images/s", speed)
-    if trainer.args.device.type == "cuda":
-        note("memory", "script, GPU", "MB, peak", torch.cuda.max_memory_allocated() / 1e6)
-    measure_memory(work, [1000, options.memory_images])
+    if "iterate" in parts:
+        measure_iteration(slow, images, folder, processor, trainer, wide, repeats)
+    if "evaluate" in parts:
+        measure_evaluation(trainer, shape, repeats)
+    if "predict" in parts:
+        measure_prediction(trainer, folder, processor, repeats)
+    if "augment" in parts:
+        measure_augmentation(trainer.args, shape, repeats)
+    if "tutorial" in parts:
+        for speed in tutorial_training(slow, checkpoint, trainer.args, repeats):
+            note("train", "tutorial", "images/s", speed)
+    if "memory" in parts:
+        measure_memory(work, [1000, options.memory_images])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data_dir", help="folder of class folders; default: drawn JPEGs")
     parser.add_argument("--model_name_or_path", help="a ViT; default: a ViT-S/16 of random weights")
+    parser.add_argument("--vit_b", action="store_true", help="ViT-B/16 of random weights")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "profile"]
+    )
+    parser.add_argument("--images_per_step", nargs="+", type=int, default=[8])
+    parser.add_argument("--steps", type=int, help="per measurement; default: what 256 images make")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory_images", type=int, default=100_000, help="150 kB of disk each, for a while")
     parser.add_argument("--output", default="speed.json", help="where the figures go")

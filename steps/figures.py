@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from .architectures import CLASS_TOKEN, pixel_shape
 from .duplicates import Scenes
+from .files import probability_columns
 from .model import attention_rollout
 from .preprocess import pixels_of
 from .scores import BINS, calibration_error, temper, truth_of
@@ -41,7 +42,7 @@ def galleries(
     Attention only where the model has a class token that looks at all of the image.
     """
     tested, names = predictions[predictions["split"] == "test"], images.features["label"].names
-    tested = tested.iloc[np.argsort(-tested[names].max(axis=1), kind="stable")]
+    tested = tested.iloc[np.argsort(-tested[probability_columns(names)].max(axis=1), kind="stable")]
     right = tested["label"] == tested["prediction"]
     shown = {"mistakes.png": tested[~right]}
     if trainer.model.config.model_type in CLASS_TOKEN:
@@ -172,6 +173,7 @@ def draw_examples(
         maps = attention_rollout(trainer.model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
         seen = 0.4 * pixels + 0.6 * 255 * matplotlib.colormaps["viridis"](maps)[..., :3]
         pictures = join(pixels, seen.astype(np.uint8))
-    columns = predictions["label"], predictions["prediction"], predictions[class_names].max(axis=1)
+    certain = predictions[probability_columns(class_names)].max(axis=1)
+    columns = predictions["label"], predictions["prediction"], certain
     captions = [f"true: {true}\npredicted: {guess}, {p:.0%}" for true, guess, p in zip(*columns, strict=True)]
     return draw_pictures(pictures, captions)

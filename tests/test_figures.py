@@ -20,6 +20,7 @@ from steps.figures import (
     draw_training_curves,
     galleries,
 )
+from steps.files import probability_columns
 from steps.model import attention_rollout
 from steps.publish import PUBLISHED
 from steps.use import load_classifier
@@ -115,7 +116,7 @@ def test_class_bars_show_recall_interval_and_precision(classes):
 def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classes):
     table = predict_by_chance(long_names(classes), n=500)
     labels = table["label"].map({name: label for label, name in enumerate(long_names(classes))}).to_numpy()
-    probabilities = table[long_names(classes)].to_numpy()
+    probabilities = table[probability_columns(long_names(classes))].to_numpy()
     figure = draw_reliability(labels, probabilities, 1.5)
     right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
     after = next(line for line in figure.axes[0].lines if line.get_label().startswith("after"))
@@ -137,7 +138,7 @@ def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
         shown = axes.images[0].get_array()
         assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
         assert (shown[:, 36:] != shown[:, :32]).any()
-        certain = f"{table[names].iloc[row].max():.0%}"
+        certain = f"{table[probability_columns(names)].iloc[row].max():.0%}"
         caption = f"true: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
         assert axes.get_title() == caption
     assert_legible(figure)
@@ -202,8 +203,9 @@ def test_charts_are_published_and_galleries_never(tiny_vit):
         return [title for axes in drawn[name]().axes if (title := axes.get_title())]
 
     wrong = table[table["label"] != table["prediction"]]
-    first = wrong.loc[wrong[names].max(axis=1).nlargest(12).index]
-    rows = zip(first["label"], first["prediction"], first[names].max(axis=1), strict=True)
+    certain = wrong[probability_columns(names)].max(axis=1).nlargest(12)
+    first = wrong.loc[certain.index]
+    rows = zip(first["label"], first["prediction"], certain, strict=True)
     assert titles("mistakes.png") == [f"true: {true}\npredicted: {got}, {p:.0%}" for true, got, p in rows]
     assert sorted(title.split()[1] for title in titles("attention.png")) == names
     assert titles("label_conflicts.png") == ["b | c\ndistance 0.020"]

@@ -69,22 +69,12 @@ def damage_no_images(folder):
         path.rename(path.with_suffix(".txt"))
 
 
-def damage_reserved_name(folder):
-    (folder / "red").rename(folder / "label")
-
-
-def damage_name_of_a_pair(folder):
-    (folder / "red").rename(folder / "file_a")
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
         (damage_empty_class, "no images in yellow"),
         (damage_one_class, "one class only"),
         (damage_no_images, "no images"),
-        (damage_reserved_name, "a class is called label"),
-        (damage_name_of_a_pair, "a class is called file_a"),
     ],
 )
 def test_folders_that_mislead_are_refused(tmp_path, make_images, damage, message):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # what is shown here is nobody else's business
@@ -14,10 +15,11 @@ WARNING = """For research and teaching. **Not a medical device: do not use it to
 triage anyone.** It answers with one of its classes whatever it is shown."""
 
 
-def build_page(model: str, revision: str | None = None) -> gr.Interface:
-    """Return the page of the model in a folder or on the Hub."""
+def build_page(model: str, revision: str | None = None, names: Sequence[str] = ()) -> gr.Interface:
+    """Return the page of the model in a folder or on the Hub; `names` of its classes if its own repeat."""
     classifier = pipeline("image-classification", model, revision=revision)
-    names = list(classifier.model.config.id2label.values())
+    names = names or list(classifier.model.config.id2label.values())
+    classifier.model.config.id2label = dict(enumerate(names))
 
     def classify(image: str | None) -> dict[str, float]:
         if image is None:

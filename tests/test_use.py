@@ -208,7 +208,9 @@ def colour_model(tiny_vit):
 def cranes(tiny_vit, tmp_path):
     """A checkpoint from elsewhere whose labels repeat, sure of the last crane; an image with an odd name."""
     model = ViTForImageClassification.from_pretrained(tiny_vit)
-    model.config.id2label = dict(enumerate(["cat", "crane", "crane (3)", "crane", "error", "file", "self"]))
+    model.config.id2label = dict(
+        enumerate(["cat|\r<b>", "crane", "crane (3)", "crane", "error", "file", "self"])
+    )
     model.classifier.bias.data = torch.eye(7)[3] * 9
     model.save_pretrained(tmp_path / "cranes")
     shutil.copy(tiny_vit / "preprocessor_config.json", tmp_path / "cranes")
@@ -220,7 +222,7 @@ def test_labels_that_repeat_are_kept_apart_in_a_table(cranes, tmp_path, capsys):
     flags = ["--model_name_or_path", cranes[0], "--predict", cranes[1], "--predictions_file"]
     predict_files(*read_settings([*flags, tmp_path / "a.csv"]))
     table = pd.read_csv(tmp_path / "a.csv", keep_default_na=False)
-    names = ["cat", "crane (1)", "crane (3) (2)", "crane (3) (3)", "error", "file", "self"]
+    names = ["cat|\r<b>", "crane (1)", "crane (3) (2)", "crane (3) (3)", "error", "file", "self"]
     assert table.columns.tolist() == ["file", "prediction", *(f"p_{name}" for name in names), "error"]
     assert table.loc[0, ["file", "prediction", "error"]].tolist() == [str(cranes[1]), names[3], ""]
     assert table["p_crane (3) (3)"][0] > 0.9 and " p_" not in capsys.readouterr().out
@@ -232,6 +234,7 @@ def test_labels_that_repeat_are_kept_apart_on_the_page(cranes, monkeypatch):
     open_page(*read_settings(["--model_name_or_path", cranes[0], "--demo"]))
     answer = pages[0].fn(str(cranes[1]))
     assert len(answer) == 7 and max(answer, key=answer.get) == "crane (3) (3)"
+    assert "7 classes: cat&#124;&#13;&#60;b&#62;, crane (1), " in pages[0].article  # Markdown
 
 
 def test_memory_does_not_grow_with_the_number_of_files(colour_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def build_page(model: str, revision: str | None = None, names: Sequence[str] = (
             raise gr.Error("This file cannot be read as an image.", print_exception=False) from problem
         return {answer["label"]: answer["score"] for answer in answers}
 
+    # In Markdown a sign can mean something else; an entity such as &#124; never does.
+    special = r"[^\w .,()-]|(?<![^\W_])_|_(?![^\W_])"
+    shown = (re.sub(special, lambda sign: f"&#{ord(sign[0])};", name) for name in names)
     upload = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"])
     upload.preprocess = lambda file: file and file.path  # Gradio's ends in a traceback if it is no image
     examples = sorted(map(str, (HERE / "examples").glob("*.jpg")))
@@ -40,7 +44,7 @@ def build_page(model: str, revision: str | None = None, names: Sequence[str] = (
         gr.Label(label="probabilities", num_top_classes=min(len(names), 10)),
         title=Path(model).name,
         description=WARNING,
-        article=f"{len(names)} classes: {', '.join(names)}.{note}",
+        article=f"{len(names)} classes: {', '.join(shown)}.{note}",
         examples=examples or None,
         example_labels=[Path(example).stem for example in examples] or None,
         cache_examples=False,

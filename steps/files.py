@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .console import MAIN, retry, stop
@@ -83,6 +85,17 @@ def read_table(path: Path, columns: Iterable[str], remedy: str = DAMAGED) -> pd.
     if lacking := [name for name in columns if name not in table]:
         stop(f"{path} has no column {lacking[0]}", remedy)
     return table
+
+
+def composed(names: Iterable[str]) -> list[str]:
+    """Return names in NFC, to be compared: macOS writes ü as two characters, Linux mostly as one."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def lookup(values: pd.Series, files: Iterable[str]) -> np.ndarray:
+    """Return the value, str, of each of `files`, "" where there is none, from `values` by file (n,)."""
+    known = pd.Series(values.to_numpy(), composed(values.index), dtype=object)
+    return known[~known.index.duplicated()].reindex(composed(files), fill_value="").to_numpy()
 
 
 def probability_columns(class_names: Iterable[str]) -> list[str]:

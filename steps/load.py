@@ -19,7 +19,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .archives import HIDDEN
 from .console import log, stop
-from .files import read_json, sha256_of, write_json
+from .files import composed, read_json, sha256_of, write_json
 from .layouts import read_around, read_folders, read_splits, refuse_empty
 from .options import KVASIR_URL, Settings
 from .rows import join_rows, read_rows
@@ -120,7 +120,7 @@ def plain_names(labels: Iterable[str]) -> list[str]:
         look = unicodedata.normalize("NFC", label).casefold().strip()
         if (other := looks.setdefault(look, label)) != label:
             stop(f"the classes {other!r} and {label!r} have the same name", "rename one, or join the two")
-    return [unicodedata.normalize("NFC", label) for label in labels]
+    return composed(labels)
 
 
 def summary(reasons: Iterable[str]) -> str:
@@ -182,7 +182,7 @@ def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dic
     folder = Path(work.settings.external_dir).resolve()
     images, left_out = load_folder(folder, Settings(group_by="none"), work.cache)
     names = images.features["label"].names
-    inner = {file.split("/")[-2] for file in images["file"] if "/" in file}
+    inner = {*composed(file.split("/")[-2] for file in images["file"] if "/" in file)}
     if not set(names) & set(class_names) and inner & set(class_names):  # in folders of patients, perhaps
         images, left_out = load_folder(folder, Settings(group_by="parent"), work.cache)
         names = images.features["label"].names

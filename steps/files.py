@@ -118,7 +118,7 @@ def csv_options(texts: Iterable[object]) -> dict[str, Any]:
 def write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Write a CSV file and return it as it will be read again: the same numbers now and later."""
     with atomic(path) as part:
-        texts = (value for name in table.columns.intersection(COLUMNS) for value in table[name])
+        texts = table.select_dtypes(exclude="number").to_numpy().ravel()
         table.to_csv(part, **csv_options([*table.columns, *texts]))
         return read_table(part, table)
 

@@ -179,6 +179,11 @@ def test_any_name_comes_back_from_a_table(names):
     assert marked is not "".join(names).isascii()
 
 
+def test_any_column_of_text_comes_back(tmp_path):
+    table = pd.DataFrame({"patient": ["a\rb", "c"], "n": [1, 2]})
+    pd.testing.assert_frame_equal(write_table(tmp_path / "a.csv", table), table, check_dtype=False)
+
+
 def test_an_ordinary_table_is_written_without_quotes_and_marks(tmp_path):
     write_table(tmp_path / "a.csv", pd.DataFrame({"file": ["a b/1.jpg"], "p_x": [0.5]}))
     assert (tmp_path / "a.csv").read_bytes() == b"file,p_x\na b/1.jpg,0.5\n"

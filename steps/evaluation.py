@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from .architectures import pixel_shape
 from .console import MAIN, log, show, stop
 from .duplicates import Scenes, count_pairs, find_scenes, near_pairs, thumbnails
-from .files import read_json, read_table, remove, write_json, write_table
+from .files import probability_columns, read_json, read_table, remove, write_json, write_table
 from .finetune import chosen_epoch, save_metrics
 from .load import count_classes, load_external
 from .preprocess import keep_readable, prepare_pixels
@@ -32,11 +32,13 @@ from .workspace import Workspace, versions
 def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path) -> pd.DataFrame:
     """Return for each image of the named splits: file, split, label, prediction, a probability per class.
 
+    The column of a class called polyps is p_polyps, so that a class called file gets none of those columns.
     Splits that the CSV file `path` holds, whole, are read from it; the others are predicted and added to it.
     """
-    classes, tables = np.array(splits[names[0]].features["label"].names), {}
+    classes, tables = np.array(splits[names[0]].features["label"].names, dtype=object), {}
+    columns = probability_columns(classes)
     if path.exists():
-        found = read_table(path, ["file", "split", "label", "prediction", *classes])
+        found = read_table(path, ["file", "split", "label", "prediction", *columns])
         files = {name: part["file"][:] for name, part in splits.items()}
         found = found.groupby("split", sort=False)
         tables = {name: table for name, table in found if table["file"].tolist() == files.get(name)}
@@ -48,7 +50,7 @@ def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path)
         probabilities = scipy.special.softmax(outputs.predictions.astype(float), axis=1)
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
-        tables[name] = pd.concat([table, pd.DataFrame(probabilities, columns=classes)], axis=1)
+        tables[name] = pd.concat([table, pd.DataFrame(probabilities, columns=columns)], axis=1)
     predictions = pd.concat(tables.values(), ignore_index=True)
     return write_table(path, predictions) if missing else predictions
 
@@ -179,7 +181,7 @@ def cross_validate(fine_tune: Callable, splits: DatasetDict, scenes: Scenes, wor
         options, folder = copy.copy(work.training), work.output_dir / f"fold-{fold}-of-{folds}"
         options.output_dir, options.resume_from_checkpoint = str(folder), None
         if (kept := folder / "predictions.csv").exists():
-            table = read_table(kept, ["label", *class_names])
+            table = read_table(kept, ["label", *probability_columns(class_names)])
         else:
             log.info("fold %s of %s", fold, folds)
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,13 @@ from transformers import Trainer
 
 from .architectures import CLASS_TOKEN, pixel_shape
 from .duplicates import Scenes
+from .files import probability_columns
+from .lettering import explain, letter
 from .model import attention_rollout
 from .preprocess import pixels_of
 from .scores import BINS, calibration_error, temper, truth_of
 
+MOST = 60  # classes that a chart has room to name
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
 
 
@@ -41,7 +44,7 @@ def galleries(
     Attention only where the model has a class token that looks at all of the image.
     """
     tested, names = predictions[predictions["split"] == "test"], images.features["label"].names
-    tested = tested.iloc[np.argsort(-tested[names].max(axis=1), kind="stable")]
+    tested = tested.iloc[np.argsort(-tested[probability_columns(names)].max(axis=1), kind="stable")]
     right = tested["label"] == tested["prediction"]
     shown = {"mistakes.png": tested[~right]}
     if trainer.model.config.model_type in CLASS_TOKEN:
@@ -58,22 +61,33 @@ def galleries(
 
 
 def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
-    """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class."""
+    """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class.
+
+    Of more than MOST classes only colours, and a number here and there.
+    """
     counts = confusion_matrix(predictions["label"], predictions["prediction"], labels=class_names)
     shares, few = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), len(class_names) <= 12
-    size = 3.2 + (0.7 if few else 0.36) * len(class_names)
+    many, shown = len(class_names) > MOST, letter(class_names)
+    size = 3.2 + (0.7 if few else 0.36) * min(len(class_names), MOST)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    display = ConfusionMatrixDisplay(shares, display_labels=class_names)
-    display.plot(ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, colorbar=False)
-    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"{counts.sum():,} test images")
-    for place, text in np.ndenumerate(display.text_):
+    ticks = range(0, len(class_names), -(-len(class_names) // MOST))
+    names = [str(tick) if many else shown[class_names[tick]] for tick in ticks]
+    display = ConfusionMatrixDisplay(shares)
+    colours = {"vmin": 0, "vmax": 1}
+    display.plot(ax=axes, cmap="Blues", im_kw=colours, colorbar=False, include_values=not many)
+    axes.set_yticks(ticks, names)
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
+    note = ", by its number in config.json" if many else ""
+    axes.set(xlabel=f"predicted class{note}", ylabel=f"true class{note}")
+    axes.set_title(f"{counts.sum():,} test images")
+    for place, text in np.ndenumerate(display.text_) if not many else ():
         share = f"\n{shares[place]:.0%}" if few else ""
         text.set(text=f"{counts[place]:,}{share}", fontsize=10 if few else 8)
         if not counts[place]:
             text.remove()
     figure.colorbar(display.im_, ax=axes, label="share of the true class", shrink=0.8)
+    explain(figure, () if many else class_names, shown)
     return figure
 
 
@@ -98,8 +112,19 @@ def draw_training_curves(log_history: list[dict]) -> Figure:
 
 
 def draw_class_bars(per_class: dict[str, dict]) -> Figure:
-    """Draw the recall of each class that was tested, with its 95 % interval, and its precision."""
-    table = pd.DataFrame({f"{name} ({row['n']})": row for name, row in per_class.items() if row["n"]}).T[::-1]
+    """Draw the recall of each class that was tested, with its 95 % interval, and its precision.
+
+    Of more than MOST classes, those of the lowest recall.
+    """
+    table, shown = (
+        pd.DataFrame({name: row for name, row in per_class.items() if row["n"]}).T,
+        letter([*per_class]),
+    )
+    lowest = np.sort(table["recall"].argsort(kind="stable")[:MOST])
+    only = f"; the {MOST} classes of the lowest recall, of {len(table):,}" if len(table) > MOST else ""
+    table = table.iloc[lowest][::-1]
+    names = table.index
+    table.index = [f"{shown[name]} ({row['n']:.0f})" for name, row in table.iterrows()]
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
     axes, recall = figure.subplots(), table["recall"]
     axes.barh(table.index, recall, color=BLUE, alpha=0.5, label="recall (sensitivity)")
@@ -107,9 +132,10 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
     bars = {"fmt": "none", "color": "black", "capsize": 3, "label": "its 95 % interval"}
     axes.errorbar(recall, table.index, xerr=reach, **bars)
     axes.plot(table["precision"], table.index, "D", color=ORANGE, markersize=5, label="precision")
-    axes.set(xlim=(0, 1.02), xlabel="share; in brackets: test images of the class")
+    axes.set(xlim=(0, 1.02), xlabel=f"share; in brackets: test images of the class{only}")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3)
+    explain(figure, names[::-1], shown)
     return figure
 
 
@@ -159,8 +185,12 @@ def draw_conflicts(pairs: pd.DataFrame, images: Dataset, trainer: Trainer) -> Fi
     """Draw near-duplicates with different labels."""
     shape = pixel_shape(trainer.processing_class)
     left, right = (pixels_of(pairs[name], images, shape) for name in ("file_a", "file_b"))
-    names = zip(pairs["label_a"], pairs["label_b"], pairs["distance"], strict=True)
-    return draw_pictures(join(left, right), [f"{a} | {b}\ndistance {near:.3f}" for a, b, near in names])
+    shown = letter(images.features["label"].names)
+    rows = zip(pairs["label_a"], pairs["label_b"], pairs["distance"], strict=True)
+    captions = [f"{shown[a]} | {shown[b]}\ndistance {near:.3f}" for a, b, near in rows]
+    figure = draw_pictures(join(left, right), captions)
+    explain(figure, [*pairs["label_a"], *pairs["label_b"]], shown)
+    return figure
 
 
 def draw_examples(
@@ -172,6 +202,10 @@ def draw_examples(
         maps = attention_rollout(trainer.model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
         seen = 0.4 * pixels + 0.6 * 255 * matplotlib.colormaps["viridis"](maps)[..., :3]
         pictures = join(pixels, seen.astype(np.uint8))
-    columns = predictions["label"], predictions["prediction"], predictions[class_names].max(axis=1)
-    captions = [f"true: {true}\npredicted: {guess}, {p:.0%}" for true, guess, p in zip(*columns, strict=True)]
-    return draw_pictures(pictures, captions)
+    certain = predictions[probability_columns(class_names)].max(axis=1)
+    columns = predictions["label"], predictions["prediction"], certain
+    shown, rows = letter(class_names), zip(*columns, strict=True)
+    captions = [f"true: {shown[true]}\npredicted: {shown[guess]}, {p:.0%}" for true, guess, p in rows]
+    figure = draw_pictures(pictures, captions)
+    explain(figure, [*columns[0], *columns[1]], shown)
+    return figure

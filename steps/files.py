@@ -1,13 +1,17 @@
 """Files that are whole or not there: they are written under a temporary name, then renamed."""
 
+import csv
 import hashlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .console import MAIN, retry, stop
@@ -15,6 +19,7 @@ from .console import MAIN, retry, stop
 DAMAGED = "delete it, and it is made again where that is possible"
 # These columns of our tables are always text.
 COLUMNS = "file file_a file_b split label label_a label_b prediction error reason".split()
+PREFIX = "p_"  # of the columns of probabilities, so that no class can be called like another column
 
 
 @contextmanager
@@ -68,10 +73,13 @@ def read_json(path: Path, keys: Iterable[str] = (), remedy: str = DAMAGED) -> di
 def read_table(path: Path, columns: Iterable[str], remedy: str = DAMAGED) -> pd.DataFrame:
     """Read a CSV file; file and class names stay text, even if they look like numbers or say NA.
 
+    A byte order mark at its beginning, as `csv_options` writes it, is no part of the first name.
+
     Raises SystemExit if the file cannot be read or lacks one of `columns`.
     """
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(COLUMNS, str), keep_default_na=False)
+        kinds = dict.fromkeys(COLUMNS, str)
+        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError) as problem:
         stop(f"cannot read {path}: {problem}", remedy)
     if lacking := [name for name in columns if name not in table]:
@@ -79,10 +87,39 @@ def read_table(path: Path, columns: Iterable[str], remedy: str = DAMAGED) -> pd.
     return table
 
 
+def composed(names: Iterable[str]) -> list[str]:
+    """Return names in NFC, to be compared: macOS writes ü as two characters, Linux mostly as one."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def lookup(values: pd.Series, files: Iterable[str]) -> np.ndarray:
+    """Return the value, str, of each of `files`, "" where there is none, from `values` by file (n,)."""
+    known = pd.Series(values.to_numpy(), composed(values.index), dtype=object)
+    return known[~known.index.duplicated()].reindex(composed(files), fill_value="").to_numpy()
+
+
+def probability_columns(class_names: Iterable[str]) -> list[str]:
+    """Return the names of the columns that hold the probabilities of these classes, in their order."""
+    return [PREFIX + name for name in class_names]
+
+
+def csv_options(texts: Iterable[object]) -> dict[str, Any]:
+    """Return how `DataFrame.to_csv` must write a table of these names and texts to be read back as it is.
+
+    Excel takes UTF-8 for another encoding unless it begins with a byte order mark: text that is not ASCII
+    gets one. Python's `csv` quotes a newline, but up to 3.12 no carriage return: one of them quotes all.
+    """
+    text = "".join(map(str, texts))
+    quoting = csv.QUOTE_NONNUMERIC if "\r" in text else csv.QUOTE_MINIMAL
+    encoding = "utf-8" if text.isascii() else "utf-8-sig"
+    return {"index": False, "float_format": "%.9g", "quoting": quoting, "encoding": encoding}
+
+
 def write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Write a CSV file and return it as it will be read again: the same numbers now and later."""
     with atomic(path) as part:
-        table.to_csv(part, index=False, float_format="%.9g")
+        texts = table.select_dtypes(exclude="number").to_numpy().ravel()
+        table.to_csv(part, **csv_options([*table.columns, *texts]))
         return read_table(part, table)
 
 

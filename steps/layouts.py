@@ -11,6 +11,8 @@ import pandas as pd
 from .archives import visible
 from .columns import COLUMN_WORDS, SPLIT_WORDS, plain
 from .console import log, stop
+from .files import composed
+from .suspects import IMAGE_WORDS, looks_like, masks_beside
 
 ACCEPTED = (
     "CLASS/image, CLASS/PATIENT/image, PATIENT/CLASS/image, each of them also in train/, validation/, test/"
@@ -59,6 +61,7 @@ def read_folders(files: list[str], folder: Path, group_by: str | None) -> pd.Dat
             refuse(problem, f"sort them into class folders, or {TABLE}", files, folder)
         problem = f"{len(loose)} of the images lie beside the class folders, such as {loose[0]}"
         refuse(problem, "move them away", files, folder)
+    check_classes(paths, files, folder, asked=group_by is not None)
     how = group_by or choose_level(paths, files, folder)
     level = 1 if how == "parent" else 0
     for file, path in paths.items():
@@ -73,7 +76,40 @@ def read_folders(files: list[str], folder: Path, group_by: str | None) -> pd.Dat
     known = [patient is not None and len(path) > patient for path in paths.values()]
     group = [path[patient] if here else "" for path, here in zip(paths.values(), known, strict=True)]
     split = [splits[file.split("/")[0]] if splits else "" for file in files]
-    return pd.DataFrame({"file": files, "label": label, "split": split, "group": group})
+    return pd.DataFrame({"file": files, "label": label, "split": split, "group": composed(group)})
+
+
+def check_classes(paths: dict[str, list[str]], files: list[str], folder: Path, *, asked: bool) -> None:
+    """Raise SystemExit where folders are called like splits, parts or masks, not like classes.
+
+    If someone has `asked` for this reading of the folders, they are warned instead. So they are of files
+    that look like masks of others.
+    """
+    tops, below = {path[0] for path in paths.values()}, {path[1] for path in paths.values() if len(path) > 1}
+    tables = sorted(entry.name for entry in visible(folder) if entry.suffix.lower() in (".csv", ".tsv"))
+    table = TABLE.replace("FILE.csv", tables[0]) if tables else TABLE
+    kind, names = looks_like(tops), sorted(tops)
+    if not kind and looks_like(below) == "masks":
+        kind, names = "masks", sorted(below)
+    if kind == "parts" and {*below} - {*IMAGE_WORDS}:
+        kind = ""  # choose_level knows more
+    first = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    problem, remedy = f"the folders {first} look like {kind} of a data set, not like classes", table
+    if kind == "splits" and below:
+        remedy = "rename them to train, validation, test"
+    elif kind == "masks":
+        problem = f"of the folders {first} some look like masks of images, not like classes"
+        remedy = f"move the masks away; if no class folders are left, {table}"
+    elif not kind and tables and len(tops) == 1 and not below:
+        kind, problem = "one", f"all images lie in one folder, {first}, beside {tables[0]}"
+    if kind and asked:
+        log.warning("warning: %s", problem)
+    elif kind:
+        classes = "" if kind == "one" else "; if they are classes, give --group_by none"
+        refuse(problem, remedy + classes, files, folder)
+    if of := masks_beside(files):
+        text = "warning: %s images look like masks of others, such as %s of %s: move them away, or they are "
+        log.warning(text + "learned as images", len(of), *min(of.items()))
 
 
 def read_around(files: list[str], group_by: str | None, labels: set[str]) -> pd.DataFrame:
@@ -84,7 +120,7 @@ def read_around(files: list[str], group_by: str | None, labels: set[str]) -> pd.
     """
     splits, rows = read_splits(files) or {}, []
     for file in files:
-        path = file.split("/")[:-1]
+        path = composed(file.split("/")[:-1])
         split = splits.get(path[0], "") if path else ""
         path = path[1:] if split else path
         others = [name for name in path[:2] if name not in labels] if group_by in ("folder", "parent") else []

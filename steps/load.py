@@ -19,7 +19,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .archives import HIDDEN
 from .console import log, stop
-from .files import COLUMNS, read_json, sha256_of, write_json
+from .files import composed, read_json, sha256_of, write_json
 from .layouts import read_around, read_folders, read_splits, refuse_empty
 from .options import KVASIR_URL, Settings
 from .rows import join_rows, read_rows
@@ -120,7 +120,7 @@ def plain_names(labels: Iterable[str]) -> list[str]:
         look = unicodedata.normalize("NFC", label).casefold().strip()
         if (other := looks.setdefault(look, label)) != label:
             stop(f"the classes {other!r} and {label!r} have the same name", "rename one, or join the two")
-    return [unicodedata.normalize("NFC", label) for label in labels]
+    return composed(labels)
 
 
 def summary(reasons: Iterable[str]) -> str:
@@ -144,16 +144,14 @@ def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, list[str]]:
 def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
     """Return the table as a `Dataset`, with `label` a ClassLabel of the sorted names.
 
-    `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing, and on a
-    reserved or only class.
+    `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing, and on an only
+    class.
     """
     images = images.cast_column("image", datasets.Image(decode=False))
     files = {Path(os.path.relpath(image["path"], folder)).as_posix() for image in images["image"]}
     if lacking := sorted(set(table["file"]) - files):
         stop(f"`datasets` does not take {lacking[0]}", "rename it")
     names = sorted(set(table["label"]))
-    if reserved := sorted(set(names) & set(COLUMNS)):
-        stop(f"a class is called {reserved[0]}, like a column of our tables", "rename it")
     if len(names) < 2:
         inside, remedy = folder / names[0], "give a folder that holds one folder for each class"
         if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir()):
@@ -184,7 +182,7 @@ def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dic
     folder = Path(work.settings.external_dir).resolve()
     images, left_out = load_folder(folder, Settings(group_by="none"), work.cache)
     names = images.features["label"].names
-    inner = {file.split("/")[-2] for file in images["file"] if "/" in file}
+    inner = {*composed(file.split("/")[-2] for file in images["file"] if "/" in file)}
     if not set(names) & set(class_names) and inner & set(class_names):  # in folders of patients, perhaps
         images, left_out = load_folder(folder, Settings(group_by="parent"), work.cache)
         names = images.features["label"].names

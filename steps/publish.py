@@ -11,7 +11,7 @@ import pandas as pd
 import transformers
 
 from .console import MAIN, hidden_cause, log, may_pass, retry, stop
-from .files import read_json, sha256_of, write_json
+from .files import PREFIX, read_json, sha256_of, write_json
 from .report import write_card
 from .workspace import Workspace
 
@@ -114,9 +114,10 @@ def read_back(name: str, commit: str, tested: pd.DataFrame, device: Any) -> dict
     except Exception as problem:
         text = f"{name} was pushed, but cannot be read back: {explain(problem)}"
         stop(text, "run the same command again to check it")
-    answers = pd.DataFrame([{row["label"]: row["score"] for row in answer} for answer in answers], rows.index)
+    answers = [{PREFIX + row["label"]: row["score"] for row in answer} for answer in answers]
+    answers = pd.DataFrame(answers, rows.index)
     largest = float((answers - rows[answers.columns]).abs().to_numpy().max())
-    agreeing = int((answers.idxmax(axis=1) == rows["prediction"]).sum())
+    agreeing = int((answers.idxmax(axis=1) == PREFIX + rows["prediction"]).sum())
     log.info("read back: %s of %s predictions agree, at most %.4f apart", agreeing, len(rows), largest)
     if largest > 0.05:  # mixed precision explains 0.01
         stop(f"{name} answers unlike this run did: {largest:.3f} apart", "do not use it; report this")

@@ -1,5 +1,6 @@
 """Step 9: the model card, written from the run's own numbers, and the model's web page."""
 
+import re
 import shlex
 import zipfile
 from collections.abc import Callable
@@ -14,9 +15,12 @@ from matplotlib.figure import Figure
 
 from .console import NOTEBOOK, log, show_picture
 from .files import atomic, read_json, write_json, write_text
+from .lettering import fonts_for
 from .load import KVASIR
 from .workspace import HERE, SAMPLE, Workspace
 
+# In a name: signs of Markdown, HTML and TeX, blanks that would be lost, _ at the ends of words.
+SPECIAL = re.compile(r"[!-&*:<-@[-^`{-~]|[^\S ]|[\0-\x1f\x7f-\x9f]|^ | (?= )| $|(?<![^\W_])_|_(?![^\W_])")
 TEMPLATES = HERE / "templates"
 
 
@@ -30,6 +34,21 @@ def public(value: Any) -> Any:
     path = Path(text)
     elsewhere = path.is_absolute() or text.startswith("~") or ".." in path.parts
     return flag + equals + (path.name if elsewhere else text)
+
+
+def plain_text(name: str) -> str:
+    """Return a name as Markdown that shows it as it is, also in a table.
+
+    Whatever Markdown, HTML or mathematics could take for its own becomes an entity such as &#124;, which they
+    never do. The _ in a_word stays.
+    """
+    return SPECIAL.sub(lambda found: f"&#{ord(found[0])};", name)
+
+
+def code(name: str) -> str:
+    """Return a name as code in Markdown, also where it holds what would end that."""
+    plain = re.fullmatch(r"[^\s`|]+( [^\s`|]+)*", name)
+    return f"`{name}`" if plain else f"<code>{plain_text(name)}</code>"
 
 
 def command_of(results: dict) -> str:
@@ -75,7 +94,7 @@ def make_model_card(results: dict, pictures: list[str], model_type: str) -> Mode
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
         card_data.license_link = kvasir["homepage"]
     more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command_of(results)}
-    more |= {"model_type": model_type}
+    more |= {"model_type": model_type, "plain": plain_text, "code": code}
     return ModelCard.from_template(card_data, str(TEMPLATES / "model_card.md"), **more, **results)
 
 
@@ -83,10 +102,11 @@ def write_report(results: dict, figures: dict[str, Callable[[], Figure]], work: 
     """Draw the pictures that are missing and write numbers and card; a card that was edited stays."""
     if results != read_json(work.report / "metrics.json"):  # with folds and external images
         write_json(work.report / "metrics.json", results)
+    style = {"text.parse_math": False, "font.family": fonts_for(results["per_class"])}  # keep $ in names
     for name, draw in figures.items():
         path = work.report / name
         if not path.exists():
-            with atomic(path) as part, matplotlib.rc_context({"text.parse_math": False}):  # keep $ in names
+            with atomic(path) as part, matplotlib.rc_context(style):
                 draw().savefig(part, dpi=150)
         if NOTEBOOK:
             log.info("%s", path)

@@ -10,7 +10,7 @@ from .columns import SPLIT_WORDS, choose_columns, find_columns, plain
 from .console import log, stop
 from .layouts import read_splits
 from .options import Settings
-from .tables import Table, find_tables, index_files, match, parts_of
+from .tables import Table, called_like_folder, find_tables, index_files, match, parts_of
 
 WEAK = "category grade level".split()  # columns that may be labels, but not where folders are classes
 NOBODY = ("", "na", "nan", "none", "null", "unknown")  # in a column of patients
@@ -189,9 +189,12 @@ def one_hot(cells: pd.DataFrame, name: str) -> pd.Series:
 
 def settle(rows: pd.DataFrame, roles: list[str], name: str) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return one row per image, columns `roles`, and {what is left out: why}; see `read_rows`."""
-    for role in {"label", "group"} & set(roles):  # 1.0 is how a column of integers looks with a gap in it
-        rows[role] = rows[role].str.normalize("NFC").str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
-    if "label" in roles and (several := rows["label"].str.contains(r"\||^\[", regex=True)).any():
+    for role in {"label", "group"} & set(roles):
+        rows[role] = rows[role].str.normalize("NFC")
+        whole = rows[role].str.replace(r"^(\d+)\.0+$", r"\1", regex=True)  # integers beside a gap
+        rows[role] = rows[role].where(called_like_folder(rows["file"], rows[role]), whole)
+    several = rows["label"].str.contains(r"\||^\[", regex=True) if "label" in roles else pd.Series()
+    if several.any() and (several := several & ~called_like_folder(rows["file"], rows["label"])).any():
         row = rows[several].iloc[0]
         problem = f"row {row['number']} of {name} gives {row['named']} several classes: {row['label']}"
         stop(problem, "give each image one label: multi-label is not supported")

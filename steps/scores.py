@@ -9,6 +9,7 @@ import scipy.special
 from sklearn.metrics import multilabel_confusion_matrix, precision_recall_fscore_support
 from transformers import EvalPrediction
 
+from .files import probability_columns
 from .options import METRICS
 
 BINS = 15  # of the expected calibration error, equally wide: Guo et al. 2017, arXiv 1706.04599
@@ -100,7 +101,8 @@ def intervals(totals, groups: int) -> dict[str, dict[str, float]]:
 def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the labels, int (n,), and the probabilities, float64 (n, classes), of a table of predictions."""
     number = {name: label for label, name in enumerate(class_names)}
-    return predictions["label"].map(number).to_numpy(), predictions[class_names].to_numpy(float)
+    probabilities = predictions[probability_columns(class_names)]
+    return predictions["label"].map(number).to_numpy(), probabilities.to_numpy(float)
 
 
 def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) -> dict[str, dict]:

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from .console import log, show, stop
 from .duplicates import Scenes, count_pairs
 from .earlier import find_earlier, record_earlier
-from .files import read_table, write_table
+from .files import lookup, read_table, write_table
 from .load import count_classes
 from .options import Settings
 from .workspace import Workspace
@@ -25,8 +25,7 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
     """
     path, shares, files = work.report / "split.csv", shares_of(work.settings), images["file"][:]
     if path.exists():
-        table = read_table(path, ["file", "split"]).set_index("file")
-        split = table["split"].reindex(files, fill_value="").to_numpy()
+        split = lookup(read_table(path, ["file", "split"]).set_index("file")["split"], files)
     else:
         split = make_split(images, scenes, work)
     check_split(images, split, shares, split_rule(images, work.settings.split_by))
@@ -63,7 +62,7 @@ def make_split(images: Dataset, scenes: Scenes, work: Workspace) -> np.ndarray:
         remedy = "give fewer folds: each tests every class"
         stop(f"--cross_validate {work.settings.cross_validate}, {few}", remedy)
     files, earlier = images["file"][:], find_earlier(work)
-    before = earlier.reindex(files, fill_value="").to_numpy() if earlier is not None else np.array([])
+    before = lookup(earlier, files) if earlier is not None else np.array([])
     if rule == "given":
         split = complete(np.array(images["split"], dtype=object), labels, whole, work)
     elif (before != "").any():

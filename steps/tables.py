@@ -107,17 +107,23 @@ def parts_of(name: str) -> list[str]:
 def index_files(files: Iterable[str], base: str) -> dict[str, str]:
     """Return {"/" + path below `base`: file} and {end of it, with or without ending: file}.
 
-    An end that several files share means "".
+    A path or end that several files share means "": cells of tables have neither outer blanks nor the form
+    of their letters.
     """
     known = {}
     for file in files:
-        parts = parts_of(file.removeprefix(base))
-        known["/" + "/".join(parts)] = file
-        for start in range(len(parts)):
-            end = "/".join(parts[start:])
-            for key in {end, re.sub(r"(?<=[^/])\.[^./]*$", "", end)}:
-                known[key] = file if known.get(key, file) == file else ""
+        parts = parts_of(file.removeprefix(base).strip())
+        ends = {"/".join(parts[start:]) for start in range(len(parts))}
+        for key in {"/" + "/".join(parts)} | ends | {re.sub(r"(?<=[^/])\.[^./]*$", "", end) for end in ends}:
+            known[key] = file if known.get(key, file) == file else ""
     return known
+
+
+def called_like_folder(files: pd.Series, names: pd.Series) -> pd.Series:
+    """Say of each file whether it lies in a folder of this name, such as a|b or 1.0; "" lies in none."""
+    parts = (parts_of(file)[:-1] for file in files)
+    found = [name in folders for name, folders in zip(names, parts, strict=True)]
+    return pd.Series(found, names.index, dtype=bool)
 
 
 def match(name: str, known: dict[str, str]) -> str:
@@ -125,7 +131,7 @@ def match(name: str, known: dict[str, str]) -> str:
 
     It may be a whole path, lack folders or its ending, or have more folders in front, as on another machine.
     """
-    parts = parts_of(name)
+    parts = parts_of(name.strip())
     keys = ["/" + "/".join(parts), "/".join(parts)]
     keys += ["/" + "/".join(parts[start:]) for start in range(1, len(parts))]
     return next((known[key] for key in keys if key in known), "")

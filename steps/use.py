@@ -6,7 +6,7 @@ import runpy
 import shlex
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from .architectures import check_checkpoint, pixel_shape
 from .archives import is_archive, unpack
 from .console import MAIN, first_line, log, progress, show, stop
-from .files import atomic, read_json
+from .files import PREFIX, atomic, csv_options, probability_columns, read_json
 from .load import list_images, summary
 from .model import normalise_on_device
 from .options import VIT_BASE, Settings
@@ -47,7 +47,7 @@ def show_commands(output_dir: str) -> None:
 
 
 def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[str]]:
-    """Return the name of a fine-tuned model, and its classes. Raises SystemExit if there is none."""
+    """Return the name of a fine-tuned model, and its classes, kept apart. SystemExit if there is none."""
     record = read_json(output_dir / "settings.json").get("settings", {})
     own = settings.model_name_or_path in (VIT_BASE, record.get("model_name_or_path"))
     name = str(output_dir) if own else settings.model_name_or_path
@@ -56,12 +56,24 @@ def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[s
         stop(f"{output_dir} holds no finished model", remedy)
     log.info("reading the checkpoint %s", name)
     try:
-        id2label = check_checkpoint(name).id2label
+        config = check_checkpoint(name)
     except Exception as problem:  # of any kind, for whatever is damaged in there
         stop(f"cannot use {name}: {first_line(problem)}", "check the name and the network")
-    if all(re.fullmatch(r"LABEL_\d+", label) for label in id2label.values()):
+    if not own and all(re.fullmatch(r"LABEL_\d+", label) for label in config.id2label.values()):
         stop(f"{name} is not fine-tuned: its classes have no names", "train it first")
-    return name, [id2label[label] for label in range(len(id2label))]
+    return name, classes_of(config)
+
+
+def classes_of(config: PreTrainedConfig) -> list[str]:
+    """Return the classes in the order of a model's outputs, with the output's number where one repeats.
+
+    The 1,000 of ImageNet hold two cranes: these become "crane (134)" and "crane (517)".
+    """
+    labels = [config.id2label[number] for number in range(len(config.id2label))]
+    while len(set(labels)) < len(labels):  # again if a label is called "crane (134)" already
+        times = Counter(labels)
+        labels = [f"{label} ({n})" if times[label] > 1 else label for n, label in enumerate(labels)]
+    return labels
 
 
 def load_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -110,8 +122,11 @@ def classify(
     inputs: dict[str, Path], model: PreTrainedModel, processor: BaseImageProcessor,
     training: TrainingArguments,
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
-    """Yield tables of file, prediction, a probability per class, and error: why a file cannot be read."""
-    names, classes = list(inputs), list(model.config.id2label.values())
+    """Yield tables of file, prediction, a probability per class, and error: why a file cannot be read.
+
+    The columns of the probabilities are called p_ and the class, as in a run's predictions.csv.
+    """
+    names, classes = list(inputs), classes_of(model.config)
     collate = Collator(pixel_shape(processor))
     half = torch.bfloat16 if training.bf16 else torch.float16
     autocast = torch.autocast(training.device.type, half, enabled=training.bf16 or training.fp16)
@@ -119,13 +134,14 @@ def classify(
     for rows in decode_ahead(list(inputs.values()), processor, training.eval_batch_size):
         errors = np.array([row["error"] for row in rows], dtype=object)
         table = pd.DataFrame({"file": names[start : start + len(rows)], "prediction": ""})
-        table = table.assign(**dict.fromkeys(classes, np.nan), error=errors)
+        table = pd.concat([table, pd.DataFrame(np.nan, table.index, probability_columns(classes))], axis=1)
+        table["error"] = errors
         if len(readable := np.flatnonzero(errors == "")):
             pixels = collate([rows[row] | {"label": 0} for row in readable])["pixel_values"]
             with torch.no_grad(), autocast:
                 logits = model(pixel_values=pixels.to(training.device)).logits
             probabilities = logits.double().softmax(-1).cpu().numpy()
-            table.loc[readable, classes] = probabilities
+            table.loc[readable, probability_columns(classes)] = probabilities
             table.loc[readable, "prediction"] = np.array(classes, dtype=object)[probabilities.argmax(1)]
         for row in np.flatnonzero(errors != ""):
             log.warning("unreadable: %r (%s)", table["file"][row], errors[row])
@@ -139,6 +155,7 @@ def show_predictions(table: pd.DataFrame) -> None:
     """Show the two most probable classes of each file that could be read."""
     table = table[table["error"] == ""].set_index("file")
     probabilities = table.drop(columns=["prediction", "error"])
+    probabilities.columns = probabilities.columns.str.removeprefix(PREFIX)
     best = [row.nlargest(2).round(3) for _, row in probabilities.iterrows()]
     rows = [(*(value for pair in row.items() for value in pair),) for row in best]
     if rows:
@@ -147,7 +164,7 @@ def show_predictions(table: pd.DataFrame) -> None:
 
 def predict_files(settings: Settings, training: TrainingArguments) -> None:
     """Classify what `--predict` names: up to 20 images on the screen, more into a CSV file."""
-    name, _ = choose_classifier(settings, Path(training.output_dir))
+    name, class_names = choose_classifier(settings, Path(training.output_dir))
     with find_inputs(settings.predict) as inputs:
         if not inputs:
             stop(f"no images in {', '.join(settings.predict)}", "give images, folders or archives")
@@ -158,10 +175,11 @@ def predict_files(settings: Settings, training: TrainingArguments) -> None:
         model, processor = load_classifier(name)
         start, counts, few = time.perf_counter(), pd.Series(dtype=int), []
         tables = classify(inputs, model.to(training.device), processor, training)
+        options = csv_options([*inputs, *class_names])
         with atomic(path) if write else nullcontext() as part:
             for number, table in enumerate(tables):
                 if write:
-                    table.to_csv(part, mode="a", header=not number, index=False, float_format="%.9g")
+                    table.to_csv(part, mode="a", header=not number, **options)
                 counts = counts.add(table["prediction"].replace("", np.nan).value_counts(), fill_value=0)
                 if len(inputs) <= 20:
                     few.append(table)
@@ -177,4 +195,4 @@ def open_page(settings: Settings, training: TrainingArguments) -> None:
     """Serve the web page of a fine-tuned model, until Ctrl-C."""
     name, class_names = choose_classifier(settings, Path(training.output_dir))
     page = make_space(Path(tempfile.mkdtemp()), class_names, name)  # kept: a notebook goes on meanwhile
-    runpy.run_path(str(page))["build_page"](name).launch()
+    runpy.run_path(str(page))["build_page"](name, names=class_names).launch()

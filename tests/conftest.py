@@ -33,6 +33,7 @@ from story import RECIPES, REPOSITORY, ROOT, build_trainer, make_work, read_sett
 from steps.architectures import pixel_shape
 from steps.download import fetch_images
 from steps.duplicates import Scenes
+from steps.files import probability_columns
 from steps.load import load_folder
 from steps.options import Settings
 from steps.preprocess import keep_readable, prepare_pixels
@@ -300,7 +301,9 @@ def predict_by_chance(names, n=60, right=0.7):
     labels = np.where(rng.random(n) < right, guesses, rng.integers(0, len(names), n))
     table = {"file": [f"x/{row}.jpg" for row in range(n)], "split": "test"}
     table |= {"label": np.array(names)[labels], "prediction": np.array(names)[guesses]}
-    return pd.concat([pd.DataFrame(table), pd.DataFrame(probabilities, columns=names)], axis=1)
+    return pd.concat(
+        [pd.DataFrame(table), pd.DataFrame(probabilities, columns=probability_columns(names))], axis=1
+    )
 
 
 def draw_pixels(names, n=60):

@@ -1,6 +1,7 @@
 """Step 5: a run that goes on from a model of ours is not tested on what that model has learned."""
 
 import json
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,17 @@ def test_its_split_is_kept_and_only_new_images_are_dealt_out(earlier, divide, ca
         assert counts.to_dict() == {"train": 28, "validation": 6, "test": 6}
     assert record == {"kept": 60, "new": 80, "absent": 0, "learned": 0}
     assert not caplog.messages  # no warning
+
+
+def test_names_of_a_mac_are_those_of_linux(tmp_path, earlier, divide, caplog):
+    """The model was trained where ü is one character, and goes on where it is two."""
+    names = {file: file.replace("/", "/ü") for file in earlier}
+    split = pd.DataFrame([(names[file], name) for file, name in earlier.items()], columns=["file", "split"])
+    split.to_csv(tmp_path / "earlier" / "report" / "split.csv", index=False)
+    decomposed = {file: unicodedata.normalize("NFD", name) for file, name in names.items()}
+    found, record = divide(table(decomposed.values()))
+    assert found == {decomposed[file]: name for file, name in earlier.items()}
+    assert record == {"kept": 60, "new": 0, "absent": 0, "learned": 0} and not caplog.messages
 
 
 @pytest.mark.parametrize("rule", ["random", "near-duplicates"])

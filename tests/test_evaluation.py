@@ -18,7 +18,7 @@ from steps.evaluation import cover_shortcuts, predict, summarise
 from steps.files import write_json
 from steps.finetune import for_trainer
 from steps.preprocess import Collator
-from steps.scores import compute_metrics
+from steps.scores import compute_metrics, truth_of
 
 
 @pytest.fixture
@@ -35,11 +35,13 @@ class Stand:
 
     def __init__(self, output_dir):
         self.args, self.reads = SimpleNamespace(output_dir=str(output_dir)), []
+        self.classes = 3
         self.state = SimpleNamespace(log_history=[{"train_images": 30, "train_seconds": 2.0}] * 2)
 
     def predict(self, inputs, metric_key_prefix):
         self.reads.append(metric_key_prefix)
-        logits = torch.eye(3)[[0, 1, 1] * 2].numpy() * 3
+        rows = [0, 1, 1] * 2 if self.classes == 3 else [*range(self.classes)]
+        logits = torch.eye(self.classes)[rows].numpy() * 3
         return SimpleNamespace(predictions=logits, label_ids=np.array(inputs["label"]), metrics={})
 
 
@@ -51,12 +53,29 @@ def test_each_split_is_predicted_once(tmp_path, splits):
     assert predict(trainer, splits, ("validation", "test", "train"), path)["split"].nunique() == 3
     assert trainer.reads == ["validation", "test", "train"]
     for table in (first, again):
-        assert list(table.columns) == ["file", "split", "label", "prediction", "a", "001", "NA"]
+        assert list(table.columns) == ["file", "split", "label", "prediction", "p_a", "p_001", "p_NA"]
         assert table["label"].tolist() == ["a", "001", "NA"] * 4
         assert table["prediction"].tolist() == ["a", "001", "001"] * 4
     probabilities = again.iloc[:, 4:].to_numpy(float)
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     assert probabilities[0, 0] == pytest.approx(np.exp(3) / (np.exp(3) + 2), rel=1e-6)
+
+
+def test_no_class_is_called_like_a_column(tmp_path):
+    """Its probabilities are in a column with a prefix; and names may hold what ends a line or a cell."""
+    names = ["file", "self", "prediction", "label", "split", "error", "p_a", "a", "a\r", "b,\n", '"c"', "ü|"]
+    types = Features({"file": Value("string"), "label": ClassLabel(names=names)})
+    part = Dataset.from_dict({"file": [f"{name}/1\t\r.jpg" for name in names], "label": names}, types)
+    splits = DatasetDict(test=part.add_column("pixel_values", [b""] * len(names)))
+    trainer, path = Stand(tmp_path), tmp_path / "predictions.csv"
+    trainer.classes = len(names)
+    for table in (predict(trainer, splits, ["test"], path), predict(trainer, splits, ["test"], path)):
+        assert table.columns[4:].tolist() == [f"p_{name}" for name in names]
+        assert table["label"].tolist() == table["prediction"].tolist() == names
+        assert table["file"].tolist() == part["file"][:]
+        labels, probabilities = truth_of(table, names)
+        assert labels.tolist() == probabilities.argmax(1).tolist() == [*range(len(names))]
+    assert trainer.reads == ["test"]
 
 
 @pytest.mark.parametrize("damage", ["rows lost", "rows twice", "a file of another set"])
@@ -75,7 +94,7 @@ def test_predictions_that_are_not_of_these_images_are_made_again(tmp_path, split
 @pytest.mark.parametrize(
     "content, message",
     [(b"", "cannot read .*predictions.csv: No columns"), (b"\xff\xfe\x00", "cannot read"),
-     (b"file,split,label,prediction,a,001\n", "has no column NA"), (b'a\n"b', "cannot read")],
+     (b"file,split,label,prediction,p_a,p_001\n", "has no column p_NA"), (b'a\n"b', "cannot read")],
 )  # fmt: skip
 def test_a_damaged_table_is_one_line_with_the_way_out(tmp_path, splits, content, message):
     (tmp_path / "predictions.csv").write_bytes(content)

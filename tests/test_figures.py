@@ -20,6 +20,7 @@ from steps.figures import (
     draw_training_curves,
     galleries,
 )
+from steps.files import probability_columns
 from steps.model import attention_rollout
 from steps.publish import PUBLISHED
 from steps.use import load_classifier
@@ -115,7 +116,7 @@ def test_class_bars_show_recall_interval_and_precision(classes):
 def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classes):
     table = predict_by_chance(long_names(classes), n=500)
     labels = table["label"].map({name: label for label, name in enumerate(long_names(classes))}).to_numpy()
-    probabilities = table[long_names(classes)].to_numpy()
+    probabilities = table[probability_columns(long_names(classes))].to_numpy()
     figure = draw_reliability(labels, probabilities, 1.5)
     right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
     after = next(line for line in figure.axes[0].lines if line.get_label().startswith("after"))
@@ -137,7 +138,7 @@ def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
         shown = axes.images[0].get_array()
         assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
         assert (shown[:, 36:] != shown[:, :32]).any()
-        certain = f"{table[names].iloc[row].max():.0%}"
+        certain = f"{table[probability_columns(names)].iloc[row].max():.0%}"
         caption = f"true: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
         assert axes.get_title() == caption
     assert_legible(figure)
@@ -146,13 +147,38 @@ def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
 def test_conflicts_stand_side_by_side(tiny_vit):
     images, pixels = draw_pixels(["polyps", "esophagitis"])
     pairs = {"file_a": ["x/3.jpg", "x/9.jpg"], "file_b": ["x/7.jpg", "x/1.jpg"], "distance": [0.0012, 0.03],
-             "label_a": ["polyps", "b"], "label_b": ["esophagitis", "a"]}  # fmt: skip
+             "label_a": ["polyps", "esophagitis"], "label_b": ["esophagitis", "polyps"]}  # fmt: skip
     figure = draw_conflicts(pd.DataFrame(pairs), images, trainer_of(tiny_vit))
     first = figure.axes[0].images[0].get_array()
     assert (first[:, :32] == pixels[3].transpose(1, 2, 0)).all()
     assert (first[:, 36:] == pixels[7].transpose(1, 2, 0)).all()
     assert figure.axes[0].get_title() == "polyps | esophagitis\ndistance 0.001"
     assert_legible(figure)
+
+
+@pytest.mark.parametrize("classes", [61, 1000])
+def test_charts_of_many_classes_stay_small_and_show_what_matters(classes):
+    names, size = long_names(classes), 2 * classes
+    labels = np.repeat(np.arange(classes), 2)
+    guesses = np.where(np.arange(size) % 5, labels, (labels + 1) % classes)
+    table = pd.DataFrame({"label": np.array(names)[labels], "prediction": np.array(names)[guesses]})
+    figure = draw_confusion_matrix(table, names)
+    assert max(figure.get_size_inches()) < 30 and not figure.axes[0].texts
+    assert (figure.axes[0].images[0].get_array().sum(1) == pytest.approx(1)).all()
+    ticks = figure.axes[0].get_yticklabels()
+    assert len(ticks) <= 60 and [label.get_text() for label in ticks[:2]] == ["0", str(-(-classes // 60))]
+    assert "number in config.json" in figure.axes[0].get_ylabel()
+
+    row = {"precision": 0.5, "recall_low": 0.0, "recall_high": 1.0, "n": 7}
+    shares = np.random.default_rng(0).random(classes)
+    figure = draw_class_bars(
+        {name: row | {"recall": share} for name, share in zip(names, shares, strict=True)}
+    )
+    lowest = np.sort(np.argsort(shares)[:60])
+    assert [bar.get_width() for bar in figure.axes[0].patches][::-1] == pytest.approx(shares[lowest])
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()][::-1]
+    assert shown == [f"{names[place]} (7)" for place in lowest] and max(figure.get_size_inches()) < 30
+    assert f"the 60 classes of the lowest recall, of {classes:,}" in figure.axes[0].get_xlabel()
 
 
 def test_attention_rollout_against_the_papers_loop(tiny_vit):
@@ -189,7 +215,7 @@ def test_charts_are_published_and_galleries_never(tiny_vit):
     table, (images, _) = predict_by_chance(names), draw_pixels(names)
     trainer = trainer_of(tiny_vit)
     pairs = {"file_a": ["x/1.jpg", "x/3.jpg"], "file_b": ["x/2.jpg", "x/4.jpg"], "distance": [0.01, 0.02],
-             "label_a": ["a", "b"], "label_b": ["a", "c"]}  # fmt: skip
+             "label_a": names[:2], "label_b": [names[0], names[2]]}  # fmt: skip
     scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), table["file"]))
     drawn = galleries(table, scenes, images, trainer)
     results = {"per_class": dict.fromkeys(names, {"n": 20}), "calibration": {"temperature": 1.5}}
@@ -202,8 +228,9 @@ def test_charts_are_published_and_galleries_never(tiny_vit):
         return [title for axes in drawn[name]().axes if (title := axes.get_title())]
 
     wrong = table[table["label"] != table["prediction"]]
-    first = wrong.loc[wrong[names].max(axis=1).nlargest(12).index]
-    rows = zip(first["label"], first["prediction"], first[names].max(axis=1), strict=True)
+    certain = wrong[probability_columns(names)].max(axis=1).nlargest(12)
+    first = wrong.loc[certain.index]
+    rows = zip(first["label"], first["prediction"], certain, strict=True)
     assert titles("mistakes.png") == [f"true: {true}\npredicted: {got}, {p:.0%}" for true, got, p in rows]
     assert sorted(title.split()[1] for title in titles("attention.png")) == names
-    assert titles("label_conflicts.png") == ["b | c\ndistance 0.020"]
+    assert titles("label_conflicts.png") == [f"{names[1]} | {names[2]}\ndistance 0.020"]

@@ -1,16 +1,24 @@
 """Files that are whole or not there, and what is read from them."""
 
+import codecs
 import collections
+import csv
 import errno
 import json
 import os
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from steps import files
 from steps.files import (
-    atomic, need_space, read_json, read_table, remove, sha256_of, write_json, write_table, write_text,
+    atomic, need_space, probability_columns, read_json, read_table, remove, sha256_of, write_json,
+    write_table, write_text,
 )  # fmt: skip
 
 
@@ -122,6 +130,63 @@ def test_a_table_is_returned_as_it_will_be_read(tmp_path):
     pd.testing.assert_frame_equal(now, later, check_exact=True)
     assert now["file"].tolist() == names and now["label"].tolist() == names[::-1]
     assert now["polyps"].tolist() == [0.333333333] * 8 and now["n"].tolist() == [*range(8)]
+
+
+# Whatever a file system takes: no NUL, no half of a surrogate pair; 255 bytes.
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=255)
+HARD = [
+    "a\rb",
+    "a\r\n",
+    "\n",
+    "\t",
+    '"',
+    "a,b;c",
+    "|",
+    "{{x}}",
+    "$x$",
+    "<b>",
+    "=1+1",
+    " a ",
+    "ü",
+    "胃",
+    "\ufeff",
+    "x" * 255,
+]
+
+
+@settings(max_examples=50, deadline=None)
+@example(names=HARD)
+@given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
+def test_any_name_comes_back_from_a_table(names):
+    """In our own reader, in pandas, and in Python's csv as Excel has it, in cells and in names of columns."""
+    columns = probability_columns(names)
+    table = pd.DataFrame({"file": names, "label": names[::-1]})
+    table = pd.concat([table, pd.DataFrame(np.eye(len(names)), columns=columns)], axis=1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        ours, theirs = (
+            write_table(path, table),
+            pd.read_csv(path, keep_default_na=False, dtype={"file": str, "label": str}),
+        )
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header, *rows = csv.reader(file, "excel")
+        marked = path.read_bytes().startswith(codecs.BOM_UTF8)
+    for read in (ours, theirs):
+        assert read.columns.tolist() == table.columns.tolist()
+        assert read["file"].tolist() == names and read["label"].tolist() == names[::-1]
+        assert (read[columns].to_numpy() == np.eye(len(names))).all()
+    assert header == table.columns.tolist() and [row[0] for row in rows] == names
+    assert marked is not "".join(names).isascii()
+
+
+def test_any_column_of_text_comes_back(tmp_path):
+    table = pd.DataFrame({"patient": ["a\rb", "c"], "n": [1, 2]})
+    pd.testing.assert_frame_equal(write_table(tmp_path / "a.csv", table), table, check_dtype=False)
+
+
+def test_an_ordinary_table_is_written_without_quotes_and_marks(tmp_path):
+    write_table(tmp_path / "a.csv", pd.DataFrame({"file": ["a b/1.jpg"], "p_x": [0.5]}))
+    assert (tmp_path / "a.csv").read_bytes() == b"file,p_x\na b/1.jpg,0.5\n"
 
 
 @pytest.mark.parametrize("content, said", [

@@ -2,12 +2,14 @@
 
 import logging
 import shutil
+import unicodedata
 
 import pytest
 
 from steps.layouts import looks_like_ids, read_splits
 from steps.load import find_images
 from steps.options import Settings
+from steps.suspects import looks_like
 
 
 def fill(folder, names):
@@ -192,7 +194,7 @@ REFUSED = {  # what is there: what the error says
     ),
     "images and masks": (
         ["cat/images/a", "cat/masks/b", "dog/images/c", "dog/masks/d"],
-        "can be read in two ways",
+        "of the folders images, masks some look like masks of images, .*; move the masks away; if no class",
     ),
     "grades that hold the same": (
         ["grade0/left/a", "grade0/right/b", "grade1/left/c", "grade1/right/d"],
@@ -232,6 +234,31 @@ REFUSED = {  # what is there: what the error says
         ["train/cat/a", "train/dog/b", "test/cat/c", "test/dog/x.txt"],
         "no images in dog",
     ),
+    "splits that hold all classes": (
+        ["train_images/1 2", "test_images/3", "/train.csv"],
+        r"the folders test_images, train_images look like splits of a data set, not like classes; name the "
+        r"label of each image in a table: --metadata train.csv; if they are classes, give --group_by none",
+    ),
+    "splits that hold class folders": (
+        ["trainSet/cat/1", "trainSet/dog/1", "testSet/cat/1", "testSet/dog/1"],
+        "the folders testSet, trainSet look like splits .*; rename them to train, validation, test",
+    ),
+    "parts": (
+        ["pics_part_1/1", "pics_part_2/2"],
+        "the folders pics_part_1, pics_part_2 look like parts of a data set, .* --metadata FILE.csv; if",
+    ),
+    "parts with a folder in each": (
+        [f"images_{number:03}/images/{number}" for number in range(12)],
+        "the folders images_000, images_001, images_002 … look like parts",
+    ),
+    "images beside masks": (
+        ["images/1 2", "masks/1 2"],
+        "of the folders images, masks some look like masks .* a table: --metadata FILE.csv; if they are cl",
+    ),
+    "a folder beside its table": (
+        ["pictures/1 2", "/labels.csv"],
+        "all images lie in one folder, pictures, beside labels.csv; name .* --metadata labels.csv$",
+    ),
     "archives": (
         ["/more.zip"],
         "1 files left out: archives: give one as --data_url",
@@ -253,7 +280,7 @@ def test_layouts_that_are_refused_say_what_is_there_in_few_lines(tmp_path, layou
         "archives",
         "nothing",
     ):
-        tree, accepted = caplog.messages[:-1], caplog.messages[-1]
+        *tree, accepted = [line for line in caplog.messages if ".csv is not used" not in line]
         assert tree[0] == f"found in {tmp_path}:" and 2 <= len(tree) <= 8
         assert accepted.startswith("accepted: CLASS/image, CLASS/PATIENT/image, PATIENT/CLASS/image")
 
@@ -302,6 +329,41 @@ def test_what_was_understood_is_said(tmp_path, caplog):
         "give --group_by folder",
         "warning: the classes are called test, train: if these are splits, name the label of each image in a "
         "table: --metadata FILE.csv",
+    ]
+
+
+def test_a_patient_is_one_in_both_forms_of_the_name(tmp_path):
+    names = [unicodedata.normalize(*pair) for pair in (("NFC", "cat/Jürg/a"), ("NFD", "dog/Jürg/b"))]
+    table, _ = find_images(fill(tmp_path, names), Settings(group_by="folder"))
+    assert table["group"].tolist() == ["Jürg", "Jürg"] and table["file"].tolist() == [
+        f"{n}.jpg" for n in names
+    ]
+
+
+LOOKS = {
+    "splits": ["train test1", "ISIC_2019_Training_Input ISIC_2019_Test_Input", "trainImages testImages",
+               "stage_1_train_images stage_1_test_images", "train-jpg valid-jpg test-jpg"],
+    "parts": ["HAM_images_part_1 HAM_images_part_2", "images_001 images_012", "fold1 fold2", "train1 train2"],
+    "masks": ["images masks", "images annotations", "Images groundTruth", "train_images train_masks",
+              "train test train_masks"],
+    "": ["cat dog", "train test", "class_1 class_2", "grade0 grade1", "mask no_mask", "with_mask without",
+         "train_images car", "1 2", "images", "part_1 whole", "胃 腸", "original retouched", "p1 p2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+def test_folders_that_are_called_like_something_else(kind):
+    assert {names: looks_like(names.split()) for names in LOOKS[kind]} == dict.fromkeys(LOOKS[kind], kind)
+
+
+def test_folders_that_look_like_something_else_are_classes_if_someone_says_so(tmp_path, caplog):
+    names = ["masks/1", "images/1", "images/1_mask.png", "masks/1_seg_2.PNG", "masks/face_mask"]
+    table, _ = find_images(fill(tmp_path, names), Settings(group_by="none"))
+    assert set(table["label"]) == {"masks", "images"}
+    assert caplog.messages == [
+        "warning: of the folders images, masks some look like masks of images, not like classes",
+        "warning: 2 images look like masks of others, such as images/1_mask.png of images/1.jpg: move them "
+        "away, or they are learned as images",
     ]
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -69,22 +70,12 @@ def damage_no_images(folder):
         path.rename(path.with_suffix(".txt"))
 
 
-def damage_reserved_name(folder):
-    (folder / "red").rename(folder / "label")
-
-
-def damage_name_of_a_pair(folder):
-    (folder / "red").rename(folder / "file_a")
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
         (damage_empty_class, "no images in yellow"),
         (damage_one_class, "one class only"),
         (damage_no_images, "no images"),
-        (damage_reserved_name, "a class is called label"),
-        (damage_name_of_a_pair, "a class is called file_a"),
     ],
 )
 def test_folders_that_mislead_are_refused(tmp_path, make_images, damage, message):
@@ -271,6 +262,30 @@ def test_images_from_elsewhere_may_lie_in_folders_of_patients(tmp_path, make_ima
     work.settings.data_root = str(tmp_path / "data")
     images, _ = load_external(["red", "blue"], work)
     assert images["label"][:] == [1, 1, 0, 0, 1, 1] and images["group"][:] == ["anna"] * 4 + ["bert"] * 2
+
+
+@pytest.mark.parametrize("patients", [False, True])
+def test_images_from_elsewhere_may_come_from_a_mac(tmp_path, make_images, caplog, patients):
+    """Which writes ü as two characters in the names of folders."""
+    name, place = unicodedata.normalize("NFD", "ülser"), "elsewhere/anna" if patients else "elsewhere"
+    make_images(place, 2, (name, "blue"))
+    make_images("elsewhere/bert", 2, ["blue"]) if patients else None
+    work = make_work(["--external_dir", tmp_path / "elsewhere", "--data_root", tmp_path / "data"])
+    images, _ = load_external(["polyp", "ülser"], work)
+    assert images["label"][:] == [1, 1] and name in images["file"][0]
+    assert "ülser" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "other", ["ÜLSER", "ülser ", "\tülser", unicodedata.normalize("NFD", "Ülser"), "ülser\r"]
+)
+def test_classes_whose_names_look_alike_are_one_line(tmp_path, make_images, other):
+    folder = make_images(classes=("ülser", other, "polyp"), count=1)
+    with pytest.raises(
+        SystemExit, match="^error: the classes .* have the same name; rename one, or"
+    ) as stopped:
+        find_images(folder, Settings())
+    assert repr("ülser") in str(stopped.value) and repr(other) in str(stopped.value)
 
 
 def test_a_folder_too_high_is_named(tmp_path, make_images):

@@ -1,5 +1,6 @@
 """Step 9: a card that the Hub understands and the run supports, drawn once, and the model's web page."""
 
+import html
 import json
 import re
 import runpy
@@ -12,13 +13,15 @@ import pytest
 import transformers
 from conftest import draw_pixels, make_work, predict_by_chance, read_settings
 from huggingface_hub import ModelCard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_figures import HISTORY, trainer_of
 
 from steps.duplicates import Scenes
 from steps.figures import charts, galleries
 from steps.options import METRICS
-from steps.report import command_of, make_space, public, write_report
+from steps.report import code, command_of, make_space, plain_text, public, write_report
 
 NAMES = ["dyed-lifted-polyps", "esophagitis", "polyps"]
 
@@ -63,15 +66,15 @@ def report(tmp_path, tiny_vit, results):
         "file_a": ["x/1.jpg"],
         "file_b": ["x/2.jpg"],
         "distance": [0.01],
-        "label_a": ["a"],
-        "label_b": ["b"],
+        "label_a": NAMES[:1],
+        "label_b": NAMES[1:2],
     }
 
-    def write(results=results, predictions=None, history=HISTORY, pairs=conflict):
+    def write(results=results, predictions=None, history=HISTORY, pairs=conflict, names=NAMES):
         predictions = predict_by_chance(NAMES) if predictions is None else predictions
         scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), predictions["file"]))
         figures = charts(results, predictions, history)
-        figures |= galleries(predictions, scenes, draw_pixels(NAMES)[0], trainer)
+        figures |= galleries(predictions, scenes, draw_pixels(names)[0], trainer)
         write_report(results, figures, make_work(["--output_dir", tmp_path]))
         return ModelCard.load(tmp_path / "README.md")
 
@@ -373,6 +376,35 @@ def test_page_of_other_classes_has_no_examples_and_names_the_published_model(tmp
     named = json.loads((tmp_path / "space" / "model.json").read_text())
     assert named == {"model": "me/pets", "revision": "v2"}
     assert "- me/pets" in (tmp_path / "space" / "README.md").read_text()
+
+
+@settings(max_examples=30, deadline=None)
+@example(name="a\r|b\t{{c}} $d$ <e> `f` _g_ h_i **j** &k; [l](m) # ~n~  \\o\n1")
+@given(name=st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=60))
+def test_any_name_is_shown_in_markdown_as_it_is(name):
+    """In a table and as code, by a reader of CommonMark."""
+    markdown = pytest.importorskip("markdown_it").MarkdownIt().enable("table")
+    table, line = f"| class | n |\n|---|---|\n| {plain_text(name)} | 1 |\n", f"Of {code(name)}."
+    tokens = markdown.parse(table)
+    cells = [token.children for token in tokens if token.type == "inline"]
+    assert len(cells) == 4 and "".join(child.content for child in cells[2]) == name
+    children = markdown.parse(line)[1].children
+    assert "".join(child.content for child in children if child.type != "html_inline") == f"Of {name}."
+
+
+def test_card_and_pictures_of_names_that_mean_something_else(tmp_path, report, results, recwarn):
+    """The card's header can be read, and its tables have a row for each class, with its name."""
+    names = ["normal\r", "a|b\n{{ c }}", "$x$ <b>", "胃 مرحبا 😀"]
+    results["per_class"] = dict.fromkeys(names, [*results["per_class"].values()][0])
+    results["split"]["classes"] = dict.fromkeys(("train", "validation", "test"), dict.fromkeys(names, 21))
+    results["data"]["name"] = "data `1`\r"
+    conflict = {"file_a": ["x/1.jpg"], "file_b": ["x/2.jpg"], "distance": [0.01], "label_a": names[:1],
+                "label_b": names[1:2]}  # fmt: skip
+    card = report(results, predict_by_chance(names), pairs=conflict, names=names)
+    assert card.data.model_name.endswith("on data `1`\r") and "\r" not in card.text
+    rows = re.findall(r"^\| (.+?) \|", card.text, re.M)
+    assert [html.unescape(row) for row in rows if html.unescape(row) in names] == names * 2
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_page_is_made_again_only_if_it_would_be_another(tmp_path):

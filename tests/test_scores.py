@@ -17,7 +17,7 @@ from steps.scores import temper, truth_of
 TRUTH = list("aaaabbbbcc")
 GUESS = list("aaabbbaccc")
 TABLE = pd.DataFrame({"file": range(10), "label": TRUTH, "prediction": GUESS})
-TABLE = pd.concat([TABLE, (pd.get_dummies(TABLE["prediction"]) * 0.7 + 0.1)], axis=1)
+TABLE = pd.concat([TABLE, (pd.get_dummies(TABLE["prediction"], prefix="p") * 0.7 + 0.1)], axis=1)
 ALONE = pd.Series(range(10), range(10))  # every image its own group
 
 

@@ -91,9 +91,9 @@ def test_all_files_of_the_interface_are_there(run):
 
 def test_metrics_can_be_computed_again_from_the_predictions(run):
     table, results = pd.read_csv(run["model"] / "report" / "predictions.csv"), metrics(run)
-    classes = list(results["per_class"])
-    assert (table[classes].sum(axis=1) - 1).abs().max() < 1e-5
-    assert (table[classes].idxmax(axis=1) == table["prediction"]).all()
+    columns = [f"p_{name}" for name in results["per_class"]]
+    assert (table[columns].sum(axis=1) - 1).abs().max() < 1e-5
+    assert (table[columns].idxmax(axis=1) == "p_" + table["prediction"]).all()
     for name in ("validation", "test"):
         part = table[table["split"] == name]
         assert results["split"][name] == len(part)

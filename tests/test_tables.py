@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_layouts import fill, rows
 
 from steps.columns import COLUMN_WORDS, choose_columns, find_columns
+from steps.files import write_table
 from steps.load import find_images
 from steps.options import Settings
 from steps.tables import index_files, match, read_table
@@ -174,6 +175,35 @@ def test_names_with_umlauts_in_every_encoding_and_form(tmp_path, encoding, form)
     assert table["split"].value_counts().to_dict() == {"train": 2, "test": 2} and not left_out
     assert set(table["label"]) == {"Ösophagus", "k"}  # in NFC; files keep the form that they have on disk
     assert all((folder / file).exists() for file in table["file"])
+
+
+def test_our_own_table_gives_the_same_split_again_whatever_the_names(tmp_path):
+    """README says to give report/split.csv. A label is no list of classes if the image lies in its folder."""
+    labels = [
+        "a|b",
+        "[x]",
+        "1.0",
+        "2",
+        "c,d",
+        '"q"',
+        "#1",
+        "=1+1",
+        "$x$ {{y}}",
+        "t\tt",
+        "r\rr",
+        "n\nn",
+        "胃",
+        "é" * 120,
+    ]
+    files = [f"{label}/{name}.jpg" for label in labels for name in (" a ", "b\r", "'c', \"d\"", "x" * 251)]
+    for file in files:
+        (tmp_path / "images" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / file).write_bytes(b"")
+    written = pd.DataFrame({"file": files, "label": [file.split("/")[0] for file in files]})
+    written["split"] = ["train", "validation", "test", "train"] * len(labels)
+    write_table(tmp_path / "split.csv", written.assign(group=range(len(files))))
+    table, left_out = find_images(tmp_path / "images", Settings(metadata=str(tmp_path / "split.csv")))
+    assert not left_out and rows(table[["file", "label", "split"]]) == rows(written)
 
 
 REFUSED = {  # the images, the table, flags: what the error says

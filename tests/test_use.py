@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import COLOURS, ROOT, draw, read_settings, run_script, story
-from transformers import ViTImageProcessor
+from transformers import ViTForImageClassification, ViTImageProcessor
 
 from steps.preprocess import decode_file
 from steps.use import classify, find_inputs, load_classifier, open_page, predict_files, show_commands
@@ -36,7 +36,8 @@ def reported(run):
     return table[table["split"] == "test"].set_index("file")
 
 
-def run_classes(run):
+def run_columns(run):
+    """The columns of the probabilities, each called p_ and the class."""
     return list(reported(run).columns[-8:])
 
 
@@ -50,7 +51,7 @@ def test_a_few_images_are_shown_as_the_run_predicted_them(run, tmp_path):
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(str(images / file)))
         _, prediction, probability, _, _ = line.split()
         assert prediction == row["prediction"]
-        assert float(probability) == pytest.approx(row[prediction], abs=0.02)  # another batch in bf16
+        assert float(probability) == pytest.approx(row[f"p_{prediction}"], abs=0.02)  # another batch in bf16
     assert re.search(r"8 images, \d+\.\d images/s", done.stdout) and list(tmp_path.iterdir()) == []
 
 
@@ -70,15 +71,15 @@ def test_many_images_go_into_a_table(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
     table = pd.read_csv(tmp_path / "predictions.csv").set_index("file")
-    classes = run_classes(run)
-    assert list(table.columns) == ["prediction", *classes, "error"] and len(table) == 72 + 30 + 2
+    columns = run_columns(run)
+    assert list(table.columns) == ["prediction", *columns, "error"] and len(table) == 72 + 30 + 2
     folder = table.loc[[f"in/{file}" for file in expected.index]]
     assert (folder["prediction"].to_numpy() == expected["prediction"]).all()
-    assert np.abs(folder[classes].to_numpy() - expected[classes].to_numpy()).max() < 0.02
+    assert np.abs(folder[columns].to_numpy() - expected[columns].to_numpy()).max() < 0.02
     zipped = table.loc[[f"in.zip/top/{file}" for file in expected.index[:30]]]
     assert (zipped["prediction"].to_numpy() == expected["prediction"][:30]).all()
     for name in ("text.jpg", "empty.png"):
-        assert table.loc[name, classes].isna().all() and pd.isna(table.loc[name, "prediction"])
+        assert table.loc[name, columns].isna().all() and pd.isna(table.loc[name, "prediction"])
         assert "UnidentifiedImageError" in table.loc[name, "error"] and f"unreadable: '{name}'" in done.stdout
     assert "104 images" in done.stdout and "0x" not in done.stdout
 
@@ -100,9 +101,10 @@ def test_predictions_file_is_always_written(run, tmp_path):
     done = use(tmp_path, *flags, "--predictions_file", "deep/my answers.csv")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "deep" / "my answers.csv", keep_default_na=False)
-    assert list(table.columns) == ["file", "prediction", *run_classes(run), "error"] and len(table) == 1
+    assert list(table.columns) == ["file", "prediction", *run_columns(run), "error"] and len(table) == 1
     assert table["prediction"][0] == row["prediction"] and table["error"][0] == ""
-    assert table[row["prediction"]][0] == pytest.approx(row[row["prediction"]], abs=0.02)
+    column = f"p_{row['prediction']}"
+    assert table[column][0] == pytest.approx(row[column], abs=0.02)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(str(flags[-1])))
     assert line.split()[1] == row["prediction"]  # it is shown as well
     assert re.search(r" 1 images, \d+\.\d images/s: deep/my answers.csv\n", done.stdout)
@@ -202,6 +204,39 @@ def colour_model(tiny_vit):
     return model.eval(), processor, training
 
 
+@pytest.fixture
+def cranes(tiny_vit, tmp_path):
+    """A checkpoint from elsewhere whose labels repeat, sure of the last crane; an image with an odd name."""
+    model = ViTForImageClassification.from_pretrained(tiny_vit)
+    model.config.id2label = dict(
+        enumerate(["cat|\r<b>", "crane", "crane (3)", "crane", "error", "file", "self"])
+    )
+    model.classifier.bias.data = torch.eye(7)[3] * 9
+    model.save_pretrained(tmp_path / "cranes")
+    shutil.copy(tiny_vit / "preprocessor_config.json", tmp_path / "cranes")
+    draw(COLOURS["red"], np.random.default_rng(0)).save(tmp_path / "a\r,ü.png")
+    return tmp_path / "cranes", tmp_path / "a\r,ü.png"
+
+
+def test_labels_that_repeat_are_kept_apart_in_a_table(cranes, tmp_path, capsys):
+    flags = ["--model_name_or_path", cranes[0], "--predict", cranes[1], "--predictions_file"]
+    predict_files(*read_settings([*flags, tmp_path / "a.csv"]))
+    table = pd.read_csv(tmp_path / "a.csv", keep_default_na=False)
+    names = ["cat|\r<b>", "crane (1)", "crane (3) (2)", "crane (3) (3)", "error", "file", "self"]
+    assert table.columns.tolist() == ["file", "prediction", *(f"p_{name}" for name in names), "error"]
+    assert table.loc[0, ["file", "prediction", "error"]].tolist() == [str(cranes[1]), names[3], ""]
+    assert table["p_crane (3) (3)"][0] > 0.9 and " p_" not in capsys.readouterr().out
+
+
+def test_labels_that_repeat_are_kept_apart_on_the_page(cranes, monkeypatch):
+    gradio, pages = pytest.importorskip("gradio"), []
+    monkeypatch.setattr(gradio.Interface, "launch", lambda page: pages.append(page))
+    open_page(*read_settings(["--model_name_or_path", cranes[0], "--demo"]))
+    answer = pages[0].fn(str(cranes[1]))
+    assert len(answer) == 7 and max(answer, key=answer.get) == "crane (3) (3)"
+    assert "7 classes: cat&#124;&#13;&#60;b&#62;, crane (1), " in pages[0].article  # Markdown
+
+
 def test_memory_does_not_grow_with_the_number_of_files(colour_model, tmp_path):
     for number in range(20):
         draw(COLOURS["red"], np.random.default_rng(number), (300, 200)).save(tmp_path / f"{number}.jpg")
@@ -289,7 +324,9 @@ def test_page_answers_as_the_run_did(page, run):
     for file, row in reported(run).iloc[::20].iterrows():
         answer = client.predict(handle(run["data"] / "sample" / "sample" / file), api_name="/classify")
         assert answer["label"] == row["prediction"] and len(answer["confidences"]) == 8
-        assert answer["confidences"][0]["confidence"] == pytest.approx(row[row["prediction"]], abs=0.02)
+        assert answer["confidences"][0]["confidence"] == pytest.approx(
+            row[f"p_{row['prediction']}"], abs=0.02
+        )
 
 
 def test_page_in_a_browser(page, run, tmp_path):
@@ -317,7 +354,7 @@ def test_page_of_the_run_stands_alone(run):
     """report/space is a Space: an app that compiles, its requirements, its header, drawn examples."""
     space = run["model"] / "report" / "space"
     compile((space / "app.py").read_text(), "app.py", "exec")
-    assert {path.stem for path in (space / "examples").iterdir()} == set(run_classes(run))
+    assert {path.stem for path in (space / "examples").iterdir()} == {name[2:] for name in run_columns(run)}
     assert "sdk: gradio" in (space / "README.md").read_text()
     assert "torch" in (space / "requirements.txt").read_text()
     assert json.loads((space / "model.json").read_text()) == {"model": "", "revision": None}

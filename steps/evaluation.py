@@ -73,7 +73,8 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     if results["made"] == "fine-tuned":
         results["chosen_epoch"] = chosen_epoch(trainer.args, trainer.state)
     temperature = getattr(trainer.model.config, "calibration_temperature", 1.0)
-    results["calibration"] = calibration(*truth_of(parts["test"], class_names), temperature)
+    groups = scenes.groups[parts["test"]["file"]].to_numpy()
+    results["calibration"] = calibration(*truth_of(parts["test"], class_names), groups, temperature)
     uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
     results["split"] = {"by": split_rule(splits["test"], record["settings"]["split_by"])} | splits.num_rows

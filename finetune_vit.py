@@ -160,10 +160,10 @@ log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ",
 # %%
 from transformers import AutoImageProcessor
 
-from steps.architectures import pixel_shape
+from steps.architectures import pixel_shape, processor_of
 from steps.preprocess import keep_readable, prepare_pixels, show_examples
 
-processor = AutoImageProcessor.from_pretrained(checkpoint)
+processor = AutoImageProcessor.from_pretrained(processor_of(checkpoint))  # its own, or its type's
 shape = pixel_shape(processor)  # (channels, height, width)
 with training.main_process_first(local=False):
     images = prepare_pixels(images, image_folder, processor, work.cache)

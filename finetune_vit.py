@@ -264,7 +264,7 @@ def fine_tune(checkpoint: str, splits: DatasetDict, training: TrainingArguments)
         if training.num_train_epochs > 0:
             with guarded(trainer, training):  # handles Ctrl-C and too little memory
                 outcome = trainer.train(resume_from_checkpoint=resume)
-            save_metrics(trainer, outcome.metrics)
+            save_metrics(trainer, "train", outcome.metrics)
         if probe or training.num_train_epochs > 0:
             calibrate(trainer)
         save_finished(trainer)

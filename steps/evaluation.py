@@ -43,8 +43,9 @@ def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path)
     missing = [name for name in names if name not in tables]
     for name in missing:
         inputs = splits[name].select_columns(["pixel_values", "label"])
-        outputs = trainer.predict(inputs, metric_key_prefix=name)
-        save_metrics(trainer, outputs.metrics)
+        prefix = {"validation": "eval", "train": "eval_train"}.get(name, name)  # as the Trainer's own files
+        outputs = trainer.predict(inputs, metric_key_prefix=prefix)
+        save_metrics(trainer, prefix, outputs.metrics)
         probabilities = scipy.special.softmax(outputs.predictions.astype(float), axis=1)
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]

@@ -80,7 +80,7 @@ RECIPES["fast"] = RECIPES["default"] | {"num_train_epochs": 0.0}  # the fitted h
 RECIPES["best"] = RECIPES["default"] | {"num_train_epochs": 15.0}  # helps most with few images
 
 # %%
-from steps.console import MAIN, log, start_logging
+from steps.console import MAIN, listed, log, start_logging
 
 start_logging()  # first: from here on, a script's mistakes and Ctrl-C end in one line
 
@@ -147,7 +147,7 @@ with training.main_process_first(local=False):
     class_names = images.features["label"].names
     if settings.external_dir:
         load_external(class_names, work)  # find a mistake there now, not after hours
-log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ", ".join(class_names))
+log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), listed(class_names))
 
 # %% [markdown]
 # ## 4 · Preprocess

@@ -80,7 +80,7 @@ RECIPES["fast"] = RECIPES["default"] | {"num_train_epochs": 0.0}  # the fitted h
 RECIPES["best"] = RECIPES["default"] | {"num_train_epochs": 15.0}  # helps most with few images
 
 # %%
-from steps.console import MAIN, log, start_logging
+from steps.console import MAIN, listed, log, start_logging
 
 start_logging()  # first: from here on, a script's mistakes and Ctrl-C end in one line
 
@@ -147,7 +147,7 @@ with training.main_process_first(local=False):
     class_names = images.features["label"].names
     if settings.external_dir:
         load_external(class_names, work)  # find a mistake there now, not after hours
-log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ", ".join(class_names))
+log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), listed(class_names))
 
 # %% [markdown]
 # ## 4 · Preprocess
@@ -160,10 +160,10 @@ log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), ",
 # %%
 from transformers import AutoImageProcessor
 
-from steps.architectures import pixel_shape
+from steps.architectures import pixel_shape, processor_of
 from steps.preprocess import keep_readable, prepare_pixels, show_examples
 
-processor = AutoImageProcessor.from_pretrained(checkpoint)
+processor = AutoImageProcessor.from_pretrained(processor_of(checkpoint))  # its own, or its type's
 shape = pixel_shape(processor)  # (channels, height, width)
 with training.main_process_first(local=False):
     images = prepare_pixels(images, image_folder, processor, work.cache)
@@ -264,7 +264,7 @@ def fine_tune(checkpoint: str, splits: DatasetDict, training: TrainingArguments)
         if training.num_train_epochs > 0:
             with guarded(trainer, training):  # handles Ctrl-C and too little memory
                 outcome = trainer.train(resume_from_checkpoint=resume)
-            save_metrics(trainer, outcome.metrics)
+            save_metrics(trainer, "train", outcome.metrics)
         if probe or training.num_train_epochs > 0:
             calibrate(trainer)
         save_finished(trainer)

@@ -1,6 +1,7 @@
 """Mistakes in the settings, found before any long work starts; each ends in one line."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -16,7 +17,7 @@ import transformers
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import TrainingArguments
 
-from .console import TOKEN, stop
+from .console import TOKEN, first_line, stop
 from .options import AUGMENTATIONS, KVASIR_URL, METRICS, Settings
 
 HELP = "see python finetune_vit.py --help"
@@ -163,6 +164,18 @@ def of_dataset(settings: Settings) -> Iterator[tuple]:
         yield True, f"--dataset_name {name} cannot be a name on the Hub", "give OWNER/NAME"
 
 
+def check_torchvision() -> None:
+    """Raise SystemExit if torchvision is there and cannot be imported: transformers would hide why."""
+    try:
+        if importlib.util.find_spec("torchvision"):
+            importlib.import_module("torchvision")
+    except Exception as problem:  # of many kinds: what it calls in torch is not there
+        version = importlib.metadata.version("torchvision")
+        found = f"torchvision {version} does not fit torch {torch.__version__}"
+        remedy = "pip uninstall torchvision (it is not needed here), or pip install -U torch torchvision"
+        stop(f"{found}: {first_line(problem)}", remedy)
+
+
 def check_training(training: TrainingArguments) -> None:
     """Find what the Trainer would find late, or never. Raises SystemExit."""
     for (low, high), names in RANGES.items():
@@ -179,8 +192,11 @@ def check_training(training: TrainingArguments) -> None:
         (pushes or training.hub_always_push, "--hub_strategy and --hub_always_push have no effect",
          "leave them out: what is finished is pushed"),
         (training.fp16 and training.use_cpu, "--fp16 needs a GPU", "leave it out, or use --bf16"),
+        (asked is not None and asked.lower() == "false",
+         f"--resume_from_checkpoint {asked}: a run goes on where it stopped",
+         "to begin anew give another --output_dir, or delete this one"),
         (asked is not None and not os.path.isdir(asked),
-         f"--resume_from_checkpoint {asked} is not a folder", "leave it out"),
+         f"--resume_from_checkpoint {asked} is not a folder", "leave it out: the newest is then used"),
         (metric is not None and metric.removeprefix("eval_") not in known,
          f"unknown --metric_for_best_model {metric}", f"use one of {', '.join(known)}"),
     ]  # fmt: skip

@@ -46,6 +46,13 @@ def first_line(problem: BaseException) -> str:
     return str(problem).strip().partition("\n")[0] or type(problem).__name__
 
 
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Return names joined by commas; of many, the first ones and how many more there are."""
+    names = [*names]
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def stop(problem: object, remedy: str) -> NoReturn:
     """Raise SystemExit with one line that a user can act on and that holds no token; status 1."""
     line = f"error: {' '.join(str(problem).split())}; {remedy}"

@@ -45,8 +45,9 @@ def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path)
     missing = [name for name in names if name not in tables]
     for name in missing:
         inputs = splits[name].select_columns(["pixel_values", "label"])
-        outputs = trainer.predict(inputs, metric_key_prefix=name)
-        save_metrics(trainer, outputs.metrics)
+        prefix = {"validation": "eval", "train": "eval_train"}.get(name, name)  # as the Trainer's own files
+        outputs = trainer.predict(inputs, metric_key_prefix=prefix)
+        save_metrics(trainer, prefix, outputs.metrics)
         probabilities = scipy.special.softmax(outputs.predictions.astype(float), axis=1)
         table = pd.DataFrame({"file": splits[name]["file"][:], "split": name})
         table["label"], table["prediction"] = classes[outputs.label_ids], classes[probabilities.argmax(-1)]
@@ -75,7 +76,8 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     if results["made"] == "fine-tuned":
         results["chosen_epoch"] = chosen_epoch(trainer.args, trainer.state)
     temperature = getattr(trainer.model.config, "calibration_temperature", 1.0)
-    results["calibration"] = calibration(*truth_of(parts["test"], class_names), temperature)
+    groups = scenes.groups[parts["test"]["file"]].to_numpy()
+    results["calibration"] = calibration(*truth_of(parts["test"], class_names), groups, temperature)
     uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
     results["split"] = {"by": split_rule(splits["test"], record["settings"]["split_by"])} | splits.num_rows

@@ -18,7 +18,7 @@ from .files import probability_columns
 from .lettering import explain, letter
 from .model import attention_rollout
 from .preprocess import pixels_of
-from .scores import BINS, calibration_error, temper, truth_of
+from .scores import BINS, temper, truth_of
 
 MOST = 60  # classes that a chart has room to name
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
@@ -27,12 +27,12 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe
 def charts(results: dict, predictions: pd.DataFrame, history: list[dict]) -> dict[str, Callable[[], Figure]]:
     """Return {file name: function that draws the chart}."""
     tested, names = predictions[predictions["split"] == "test"], list(results["per_class"])
-    truth, temperature = truth_of(tested, names), results["calibration"]["temperature"]
+    truth = truth_of(tested, names)
     curves = {"training_curves.png": partial(draw_training_curves, history)}
     return (curves if results["made"] == "fine-tuned" else {}) | {
         "confusion_matrix.png": partial(draw_confusion_matrix, tested, names),
         "per_class.png": partial(draw_class_bars, results["per_class"]),
-        "reliability.png": partial(draw_reliability, *truth, temperature),
+        "reliability.png": partial(draw_reliability, *truth, results["calibration"]),
     }
 
 
@@ -139,17 +139,21 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
     return figure
 
 
-def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, temperature: float) -> Figure:
-    """Draw accuracy by probability, before and after the temperature, and accuracy by coverage."""
+def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, found: dict[str, float]) -> Figure:
+    """Draw accuracy by probability, before and after the temperature, and accuracy by coverage.
+
+    `found` is what `scores.calibration` returned: the temperature and the errors that the legend names.
+    """
     right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, other = figure.subplots(1, 2)
-    for name, values, style, colour in (
-        ("before", temper(probabilities, 1 / temperature).max(1), "s--", ORANGE),
-        (f"after, T = {temperature:.2f}", confidence, "o-", BLUE),
+    before = temper(probabilities, 1 / found["temperature"]).max(1)
+    for name, error, values, style, colour in (
+        ("before", found["ece_before"], before, "s--", ORANGE),
+        (f"after, T = {found['temperature']:.2f}", found["ece_after"], confidence, "o-", BLUE),
     ):
         bins = pd.DataFrame({"x": values, "y": right}).groupby(np.ceil(values * BINS)).mean()
-        label = f"{name}: ECE {calibration_error(values, right):.3f}"
+        label = f"{name}: ECE {error:.3f}"
         left.plot(bins["x"], bins["y"], style, color=colour, label=label, markersize=5)
     left.axline((0, 0), slope=1, color="grey", linewidth=1)
     left.set(xlabel="probability of the predicted class", ylabel="share of right answers", xlim=(0, 1.02))

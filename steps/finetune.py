@@ -242,7 +242,7 @@ def calibrate(trainer: Trainer) -> None:
     trainer.model.config.calibration_temperature = temperature
 
 
-def save_metrics(trainer: Trainer, measured: dict[str, float]) -> None:
-    """Add to all_results.json, as `Trainer.save_metrics` does, but never half-written."""
-    path = Path(trainer.args.output_dir) / "all_results.json"
-    write_json(path, read_json(path) | measured)
+def save_metrics(trainer: Trainer, split: str, measured: dict[str, float]) -> None:
+    """Write SPLIT_results.json and all_results.json, as `Trainer.save_metrics`, but never half of a file."""
+    for name, before in ((split, {}), ("all", read_json(Path(trainer.args.output_dir, "all_results.json")))):
+        write_json(Path(trainer.args.output_dir, f"{name}_results.json"), before | measured)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 import torch
@@ -14,13 +15,20 @@ from .console import log, stop
 
 
 def draw_head(model: PreTrainedModel, loading: dict[str, Any], checkpoint: str, seed: int) -> bool:
-    """Make a random head from `seed` unless the checkpoint's has the same classes in the same order.
+    """Make a random head from `seed` unless the checkpoint has one with the same classes in the same order.
 
     Returns whether it is new. `loading` says what `from_pretrained` did not find: SystemExit if that was more
     than the head, or the head of a finished model.
     """
-    known = transformers.AutoConfig.from_pretrained(checkpoint).id2label == model.config.id2label
+    names = transformers.AutoConfig.from_pretrained(checkpoint).id2label
     drawn = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in names.values())  # as of a body without head
+    bare = unnamed and "classifier.weight" in loading["missing_keys"]
+    known = names == model.config.id2label and not bare
+    if unnamed and not known and "classifier.weight" not in drawn:
+        what = f"{checkpoint} has a head for {len(names)} classes without names, and a new one is made"
+        remedy = "to keep it, write your classes into the id2label of its config.json, in its order"
+        log.warning("warning: %s; %s", what, remedy)
     if lacking := sorted(name for name in drawn if known or not name.startswith(HEAD)):
         text = f"the weights in {checkpoint} are not those of its config.json: {lacking[0]} is missing"
         stop(f"{text} or of another size", "use another --model_name_or_path")

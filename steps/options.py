@@ -86,6 +86,20 @@ TRAINING = {  # fields of TrainingArguments: our default, help, name of the valu
     "ddp_find_unused_parameters": (False, "", ""),  # what gets no gradient is frozen
     "ddp_timeout": (4 * 3600, "", ""),  # seconds: the other processes wait for the download
 }
+EXAMPLE = {  # flags of transformers' run_image_classification.py without a counterpart here: what to do
+    "overwrite_output_dir": "leave it out; to begin anew give another --output_dir, or delete this one",
+    "overwrite_cache": "leave it out: pixels are prepared again wherever the images have changed",
+    "validation_dir": "give the folder that holds train and validation as --data_dir",
+    "max_train_samples": "give a smaller --data_dir, or try --config data/sample.yaml",
+    "max_eval_samples": "give a smaller --test_size",
+    "cache_dir": "set the environment variable HF_HOME, or --data_root for archives and pixels",
+    "model_revision": "fetch it (hf download NAME --revision REVISION) and give its folder",
+    "image_processor_name": "leave it out: the checkpoint's own is taken",
+    "config_name": "leave it out: the checkpoint's own is taken",
+    "model_type": "leave it out: --model_name_or_path says which",
+    "ignore_mismatched_sizes": "leave it out: a head for other classes is always replaced",
+    "trust_remote_code": "leave it out: no code from the Hub is run",
+}
 WORDS = {  # what people write: the setting that does it
     "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
@@ -97,5 +111,7 @@ WORDS = {  # what people write: the setting that does it
     "val_size": "validation_size", "folds": "cross_validate",
     "output": "output_dir", "out": "output_dir", "resume": "resume_from_checkpoint", "wd": "weight_decay",
     "warmup_ratio": "warmup_steps", "augmentation": "augment", "evaluation_strategy": "eval_strategy",
-    "random_state": "seed", "logging_dir": "report_to",
+    "random_state": "seed", "logging_dir": "report_to", "train_val_split": "validation_size",
+    "token": "hub_token", "use_auth_token": "hub_token", "push_to_hub_model_id": "hub_model_id",
+    "no_cuda": "use_cpu",
 }  # fmt: skip

@@ -16,9 +16,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .checks import HELP, UNFIT, check_settings, check_training
+from .checks import HELP, UNFIT, check_settings, check_torchvision, check_training
 from .console import stop
-from .options import TRAINING, WORDS, Settings
+from .options import EXAMPLE, TRAINING, WORDS, Settings
 
 USAGE = "usage: python finetune_vit.py [--config FILE] [--SETTING VALUE ...]"
 
@@ -54,7 +54,7 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
     parser = Parser((Settings, TrainingArguments), allow_abbrev=False)
     parser.add_argument("--config")
     usual = {name: default for name, (default, _, _) in TRAINING.items()}
-    parser.set_defaults(**usual | recipes["default"])
+    parser.set_defaults(do_train=None, **usual | recipes["default"])  # so that `--do_train false` is seen
     first, _ = parser.parse_known_args(arguments)
     given = config_flags(Path(first.config), known_names()) if first.config else {}
     if any(word.split("=")[0] == "--recipe" for word in arguments):
@@ -67,6 +67,7 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
         name = unknown[0].split("=")[0]
         stop(f"unknown argument {name}", nearest(name, known_names()))
     refuse_unfit(first, parser)
+    check_torchvision()
     parser.set_defaults(**suit_hardware(first) | recipe | {"learning_rate": None})
     try:
         settings, training, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
@@ -107,6 +108,8 @@ def config_flags(path: Path, known: set[str]) -> dict[str, list[str]]:
 def nearest(name: str, known: set[str]) -> str:
     """Return a hint at the setting that was meant; no hint is better than a wrong one."""
     name = name.strip("-").replace("-", "_").lower()
+    if name in EXAMPLE:
+        return EXAMPLE[name]
     matches = [WORDS[name]] if name in WORDS else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"did you mean --{matches[0]}?" if matches else HELP
 
@@ -122,6 +125,9 @@ def refuse_unfit(given: argparse.Namespace, parser: Parser) -> None:
     for name in UNFIT:
         if (getattr(given, name) or None) != (parser.get_default(name) or None):
             stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
+    if given.do_train is False or (not given.do_train and (given.do_eval or given.do_predict)):
+        remedy = "to evaluate alone give --num_train_epochs 0 --linear_probe false, else add --do_train"
+        stop("--do_eval or --do_predict without --do_train asks for no training", remedy)
 
 
 def suit_hardware(given: argparse.Namespace) -> dict[str, Any]:
@@ -169,6 +175,8 @@ def prepare_training(training: TrainingArguments, recipe: dict[str, Any]) -> Non
     if training.hub_token:  # where the Hub's client finds it, and no file of ours will hold it
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.remove_unused_columns = False  # the collator makes the model's inputs
+    if str(training.resume_from_checkpoint).lower() == "true":  # as for the Trainer: the newest
+        training.resume_from_checkpoint = None
     training.logging_nan_inf_filter = False  # a loss that is not finite must be seen
     if training.learning_rate is None:  # square-root rule: Malladi et al. 2022, arXiv 2205.10287
         ratio = max(images_per_step(training), 1) / recipe["per_device_train_batch_size"]

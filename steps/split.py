@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
 
-from .console import log, show, stop
+from .console import listed, log, show, stop
 from .duplicates import Scenes, count_pairs
 from .earlier import find_earlier, record_earlier
 from .files import lookup, read_table, write_table
@@ -28,7 +28,9 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
         split = lookup(read_table(path, ["file", "split"]).set_index("file")["split"], files)
     else:
         split = make_split(images, scenes, work)
-    check_split(images, split, shares, split_rule(images, work.settings.split_by))
+    check_split(images, split, shares)
+    if split_rule(images, work.settings.split_by) == "near-duplicates":
+        warn_of_shares(images, split, scenes.groups, shares)
     if not path.exists():
         names = np.array(images.features["label"].names)
         table = {"file": files, "label": names[images["label"][:]], "split": split}
@@ -124,21 +126,31 @@ def deal_out(labels: np.ndarray, groups: np.ndarray, work: Workspace) -> np.ndar
     return np.array([*shares], dtype=object)[deal(labels, groups, [*shares.values()], work.training.seed)]
 
 
-def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float], rule: str) -> None:
-    """Raise SystemExit where a class cannot be learned or nothing is tested; warn where shares are off."""
+def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float]) -> None:
+    """Raise SystemExit where a class cannot be learned or nothing is tested; warn where it is not tested."""
     labels, names = np.array(images["label"]), images.features["label"].names
-    total = np.bincount(labels, minlength=len(names))
-    for name, size in shares.items():
+    for name in shares:
         counts = np.bincount(labels[split == name], minlength=len(names))
-        absent = ", ".join(np.array(names)[counts == 0])
+        absent = listed(np.array(names)[counts == 0])
         if absent and (name == "train" or not counts.any()):
             stop(f"no {name} images of {absent}", "change the split's sizes or its table")
         if absent:
             log.warning("warning: no %s images of %s: no %s score counts them", name, absent, name)
+
+
+def warn_of_shares(images: Dataset, split: np.ndarray, groups: pd.Series, shares: dict[str, float]) -> None:
+    """Warn where a split has another share of a class than was asked for, and say what keeps it from it."""
+    labels, names = np.array(images["label"]), images.features["label"].names
+    total = np.bincount(labels, minlength=len(names))
+    in_groups = np.bincount(labels, groups.groupby(groups).transform("size") > 1, len(names)) > 0
+    for name, size in shares.items():
+        counts = np.bincount(labels[split == name], minlength=len(names))
         far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)
-        if far.any() and rule == "near-duplicates":
-            held = ", ".join(f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far))
-            log.warning("warning: whole groups cannot give %s its %.0f%%: %s", name, 100 * size, held)
+        for those, reason in ((in_groups, "whole groups"), (~in_groups, "classes of so few images")):
+            if held := [f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far & those)]:
+                log.warning(
+                    "warning: %s cannot give %s its %.0f%%: %s", reason, name, 100 * size, listed(held)
+                )
 
 
 def kept_whole(groups: pd.Series, settings: Settings) -> np.ndarray:

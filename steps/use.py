@@ -18,7 +18,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from .architectures import check_checkpoint, pixel_shape
+from .architectures import check_checkpoint, pixel_shape, processor_of
 from .archives import is_archive, unpack
 from .console import MAIN, first_line, log, progress, show, stop
 from .files import PREFIX, atomic, csv_options, probability_columns, read_json
@@ -78,7 +78,7 @@ def classes_of(config: PreTrainedConfig) -> list[str]:
 
 def load_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Return a finished model, float32 and ready for uint8 pixels, and its processor."""
-    processor = AutoImageProcessor.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(processor_of(name))
     model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     normalise_on_device(model, processor)
     return model.eval(), processor

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 from conftest import Training, draw, draw_images, load_images, make_work, story
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
-from steps.architectures import CLASS_TOKEN, TYPES, check_checkpoint, pixel_shape
+from steps.architectures import ANY_SIZE, CLASS_TOKEN, TYPES, check_checkpoint, pixel_shape, processor_of
 from steps.duplicates import Scenes
 from steps.evaluation import predict
 from steps.figures import draw_examples, galleries
@@ -66,6 +67,33 @@ def write_checkpoint(folder, kind, **changes):
     numbers = numbers | {"image_processor_type": f"{processor}ImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(numbers))
     return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_processor_the_defaults_of_its_type_are_taken_and_said(tmp_path, caplog, kind):
+    sized = {} if kind in ANY_SIZE or kind == "siglip" else {"image_size": [64, 64]}
+    checkpoint = str(write_checkpoint(tmp_path, kind, **sized))
+    assert processor_of(checkpoint) == checkpoint
+    (tmp_path / "preprocessor_config.json").unlink()
+    check_checkpoint(checkpoint)
+    processor = AutoImageProcessor.from_pretrained(processor_of(checkpoint))
+    assert f"{tmp_path} has no preprocessor_config.json: taking the defaults of " in caplog.text
+    default = getattr(transformers, f"{KINDS[kind][1][0]}ImageProcessor")()
+    side = {"convnext": 384, "convnextv2": 384, "siglip": 32}.get(kind, 64 if sized else 224)
+    assert pixel_shape(processor) == (3, side, side) and f"at {side} x {side} pixels" in caplog.text
+    for name in ("image_mean", "image_std", "resample", "do_center_crop"):
+        assert getattr(processor, name, None) == getattr(default, name, None), name
+    if kind in ANY_SIZE:
+        assert processor.to_dict() == default.to_dict()
+
+
+@pytest.mark.parametrize("size", [(50, 1), (1, 50), (50, 3), (3, 50), (1, 1)])
+def test_an_image_as_high_as_it_has_channels_is_not_taken_for_another(tmp_path, size):
+    """Columns of one colour stay columns: transformers 5.0 to 5.3 would take rows for channels."""
+    rgb = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    pixels = resize(rgb, AutoImageProcessor.from_pretrained(write_checkpoint(tmp_path, "vit")))
+    expected = Image.fromarray(rgb).resize((32, 32), Image.Resampling.BILINEAR)
+    assert (pixels.permute(1, 2, 0).numpy() == np.array(expected)).all()
 
 
 PHOTO = {"height": 224, "width": 224}

@@ -1,8 +1,10 @@
 """Step 0: mistakes in the settings; each ends in one line, before anything is made."""
 
 import re
+import sys
 
 import pytest
+import torch
 import transformers
 from conftest import ROOT, read_settings
 
@@ -45,6 +47,16 @@ BAD = [
     (["--save_strategy", "no"], "save"),
     (["--metric_for_best_model", "macro_f2"], "macro_f2; use one of loss, accuracy"),
     (["--resume_from_checkpoint", "no/checkpoint"], "no/checkpoint is not a folder"),
+    (
+        ["--resume_from_checkpoint", "False"],
+        "a run goes on where it stopped; to begin anew give another",
+    ),
+    (
+        ["--do_eval"],
+        "asks for no training; to evaluate alone give --num_train_epochs 0 --linear_probe false",
+    ),
+    (["--do_train", "false", "--do_eval"], "without --do_train asks for no training"),
+    (["--do_train=false"], "without --do_train asks for no training"),
     (["--bf16", "--fp16"], "fp16 and bf16"),
     (["--seed"], "seed.*expected"),
     (["nonsense"], "unknown argument nonsense"),
@@ -169,3 +181,24 @@ def test_folders_of_ours_may_not_lie_among_the_class_folders(tmp_path, name, ins
     message = f"error: --{name} .* lies in --data_dir, as if it were a class; choose"
     with pytest.raises(SystemExit, match=message):
         read_settings(["--data_dir", str(tmp_path), *flags])
+
+
+REMEDY = "pip uninstall torchvision (it is not needed here), or pip install -U torch torchvision"
+
+
+@pytest.mark.parametrize(
+    "problem", ['RuntimeError("operator torchvision::nms does not exist")', 'OSError("symbol")']
+)
+def test_a_torchvision_that_does_not_fit_is_named_as_such(tmp_path, monkeypatch, right_flags, problem):
+    """Transformers would say that it could not import something else."""
+    (tmp_path / "site" / "torchvision").mkdir(parents=True)
+    (tmp_path / "site" / "torchvision" / "__init__.py").write_text(f"raise {problem}")
+    about = tmp_path / "site" / "torchvision-0.20.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        read_settings(right_flags)
+    line = f"error: torchvision 0.20.0 does not fit torch {torch.__version__}: {problem.split(chr(34))[1]}; "
+    assert str(stopped.value) == line + REMEDY

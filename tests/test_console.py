@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from steps import console
-from steps.console import bars_wanted, end_in_one_line, file_error, progress, retry, show, show_images, stop
+from steps.console import bars_wanted, end_in_one_line, file_error, listed, progress, retry, show, show_images
+from steps.console import stop
 
 GO_ON = "run the same command to go on: what is finished is kept"
 
@@ -192,3 +193,17 @@ def test_waiting_threads_leave_a_busy_machine_alone(load, given, policy):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(policy)
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, ""),
+        (1, "c0"),
+        (3, "c0, c1, c2"),
+        (4, "c0, c1, c2 and 1 more"),
+        (5000, "c0, c1, c2 and 4,997 more"),
+    ],
+)
+def test_a_long_list_is_cut(count, text):
+    assert listed((f"c{number}" for number in range(count)), most=3) == text

@@ -49,9 +49,9 @@ def test_each_split_is_predicted_once(tmp_path, splits):
     path, trainer = tmp_path / "predictions.csv", Stand(tmp_path)
     first = predict(trainer, splits, ("validation", "test"), path)
     again = predict(trainer, splits, ("validation", "test"), path)
-    assert trainer.reads == ["validation", "test"]
+    assert trainer.reads == ["eval", "test"]
     assert predict(trainer, splits, ("validation", "test", "train"), path)["split"].nunique() == 3
-    assert trainer.reads == ["validation", "test", "train"]
+    assert trainer.reads == ["eval", "test", "eval_train"]
     for table in (first, again):
         assert list(table.columns) == ["file", "split", "label", "prediction", "p_a", "p_001", "p_NA"]
         assert table["label"].tolist() == ["a", "001", "NA"] * 4

@@ -35,6 +35,9 @@ HISTORY = [
 ]
 
 
+CALIBRATION = {"temperature": 1.5, "ece_before": 0.1234, "ece_after": 0.0456}
+
+
 def trainer_of(checkpoint):
     """What the galleries need of a Trainer."""
     model, processor = load_classifier(str(checkpoint))
@@ -117,7 +120,7 @@ def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classe
     table = predict_by_chance(long_names(classes), n=500)
     labels = table["label"].map({name: label for label, name in enumerate(long_names(classes))}).to_numpy()
     probabilities = table[probability_columns(long_names(classes))].to_numpy()
-    figure = draw_reliability(labels, probabilities, 1.5)
+    figure = draw_reliability(labels, probabilities, CALIBRATION)
     right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
     after = next(line for line in figure.axes[0].lines if line.get_label().startswith("after"))
     for x, y in zip(*after.get_data(), strict=True):
@@ -126,6 +129,8 @@ def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classe
     x, y = figure.axes[1].lines[0].get_data()
     assert y[-1] == pytest.approx(right.mean()) and x[-1] == 1
     assert y[249] == pytest.approx(right[np.argsort(-confidence)[:250]].mean())
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["before: ECE 0.123", "after, T = 1.50: ECE 0.046"]
     assert_legible(figure)
 
 
@@ -218,7 +223,7 @@ def test_charts_are_published_and_galleries_never(tiny_vit):
              "label_a": names[:2], "label_b": [names[0], names[2]]}  # fmt: skip
     scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), table["file"]))
     drawn = galleries(table, scenes, images, trainer)
-    results = {"per_class": dict.fromkeys(names, {"n": 20}), "calibration": {"temperature": 1.5}}
+    results = {"per_class": dict.fromkeys(names, {"n": 20}), "calibration": CALIBRATION}
     shown = charts(results | {"made": "fine-tuned"}, table, HISTORY)
     assert {f"report/{name}" for name in shown} == {name for name in PUBLISHED if name.endswith(".png")}
     assert set(drawn) == {"mistakes.png", "attention.png", "label_conflicts.png"}

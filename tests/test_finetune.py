@@ -36,7 +36,11 @@ def test_training_learns_and_leaves_a_whole_model(tmp_path, start, capsys):
     trainer = start("model").fine_tune()
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "trainer_state.json"} <= names
-    assert "all_results.json" in names
+    results = {
+        name: json.loads((tmp_path / "model" / f"{name}_results.json").read_text())
+        for name in ("all", "train")
+    }
+    assert results["train"]["train_loss"] > 0 and results["all"] == results["train"]
     assert not [name for name in names if name.startswith(".part") or name.endswith(".bin")]
     assert len([name for name in names if name.startswith("checkpoint-")]) <= 2
     history = trainer.state.log_history

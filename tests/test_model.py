@@ -177,6 +177,30 @@ def test_weights_that_are_not_the_models_are_refused(tmp_path, tiny_vit, process
     assert "\n" not in str(stop.value)
 
 
+def unnamed(tiny_vit, folder, head):
+    """A checkpoint for three classes without names, whose weights have a head or none; and that head."""
+    model = ViTForImageClassification.from_pretrained(tiny_vit, num_labels=3, ignore_mismatched_sizes=True)
+    weights = model.state_dict()
+    model.save_pretrained(
+        folder, state_dict=weights if head else {n: w for n, w in weights.items() if "class" not in n}
+    )
+    return weights["classifier.weight"]
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1", "LABEL_2"], ["a", "b", "c"]])
+def test_a_head_whose_classes_have_no_names(tmp_path, tiny_vit, processor, caplog, head, names):
+    """It is kept where folders are called so, too; else it is said that it was there. A body has no head."""
+    weight = unnamed(tiny_vit, tmp_path, head)
+    model, new_head = story(
+        settings=Settings(), training=SimpleNamespace(seed=1), processor=processor, class_names=names
+    )["make_model"](str(tmp_path))
+    kept = head and names[0] == "LABEL_0"
+    assert new_head is not kept and torch.equal(model.classifier.weight, weight) is kept
+    said = "has a head for 3 classes without names, and a new one is made; to keep it, write" in caplog.text
+    assert said is (head and not kept)
+
+
 def test_a_finished_head_that_is_missing_is_not_drawn_anew(tmp_path, tiny_vit, processor):
     load(tiny_vit, processor).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

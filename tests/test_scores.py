@@ -5,13 +5,14 @@ import functools
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.special
 import torch
 from scipy.stats import beta, bootstrap
 from sklearn import metrics
 
 from steps.options import METRICS
 from steps.scores import Classification, calibration, calibration_error, intervals, score, score_classes
-from steps.scores import temper, truth_of
+from steps.scores import temper, true_calibration_error, truth_of
 
 # true a: 3 right, 1 called b; true b: 2 right, 1 called a, 1 called c; true c: 2 right
 TRUTH = list("aaaabbbbcc")
@@ -32,8 +33,9 @@ def test_scores_worked_out_by_hand():
         assert scores[f"{average}_f1"]["value"] == pytest.approx(f1 @ weight)
     # Gorodkin 2004: (c s - sum p t) / sqrt((s^2 - sum p^2) (s^2 - sum t^2)); c 7, s 10, p 4 3 3, t 4 4 2
     assert scores["mcc"]["value"] == pytest.approx((70 - 34) / ((100 - 34) * (100 - 36)) ** 0.5)
-    assert scores["ece"]["value"] == pytest.approx(0.8 - 0.7)  # all probabilities are 0.8
-    assert list(scores) == [*METRICS, "ece"] and all(
+    assert 0 == scores["ece"]["low"] < scores["ece"]["value"] < 0.8 - 0.7  # all probabilities are 0.8
+    assert scores["log_loss"]["value"] == pytest.approx(-(7 * np.log(0.8) + 3 * np.log(0.1)) / 10)
+    assert list(scores) == [*METRICS, "ece", "log_loss"] and all(
         set(row) == {"value", "low", "high"} for row in scores.values()
     )
 
@@ -87,6 +89,45 @@ def test_calibration_error_against_another_implementation():
     assert calibration_error(confidence, right) == pytest.approx(expected)
 
 
+def answers(n, sureness, rng, copies=1):
+    """The highest of eight probabilities, `sureness` times too sure, and right answers; then group (n,)."""
+    logits = rng.normal(0, 2.5, (n // copies, 8))
+    chance, said = (scipy.special.softmax(logits * factor, axis=1) for factor in (1, sureness))
+    guess, row = said.argmax(1), np.arange(len(logits))
+    parts = said[row, guess], rng.random(len(logits)) < chance[row, guess], row
+    return [part.repeat(copies) for part in parts]
+
+
+@pytest.mark.parametrize(
+    "n, copies, sureness, truth",  # the last from 200,000 images
+    [(72, 1, 1, 0), (72, 1, 1.5, 0.109), (72, 1, 3, 0.234), (72, 4, 1, 0), (1126, 1, 2, 0.168)],
+)
+def test_the_interval_of_the_calibration_error_holds_the_truth(n, copies, sureness, truth):
+    """Of a calibrated model it begins at 0; copies of an image count as one."""
+    rng, rows, measured = np.random.default_rng(2), [], []
+    for _ in range(60):
+        confidence, right, group = answers(n, sureness, rng, copies)
+        rows.append(true_calibration_error(confidence, right, group))
+        measured.append(calibration_error(confidence, right))
+        assert rows[-1]["low"] <= rows[-1]["value"] <= rows[-1]["high"] <= 1
+    table = pd.DataFrame(rows)
+    inside = (table["low"] <= truth) & (truth <= table["high"])
+    assert inside.mean() >= 0.9  # of 60, where 0.95 is meant
+    assert abs(table["value"].median() - truth) < abs(np.median(measured) - truth)
+    if not truth:
+        assert (table["low"] == 0).mean() > 0.9 and min(measured) > 0.05
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_answers_that_are_all_alike_do_not_make_the_calibration_certain(right):
+    """All were sure and right: the other 3.7 in n that may be wrong cannot be excluded."""
+    ends = true_calibration_error(np.full(60, 0.9999), np.full(60, right), np.arange(60))
+    assert ends["low"] <= ends["value"] <= ends["high"]
+    assert ends["high"] == pytest.approx(beta.ppf(0.975, 1, 60)) if right else ends["low"] > 0.9
+    exact = true_calibration_error(np.ones(60), np.ones(60, bool), np.arange(60))
+    assert exact == {"value": 0, "low": 0, "high": pytest.approx(beta.ppf(0.975, 1, 60))}
+
+
 def test_intervals_are_scipys_bootstrap_where_every_image_is_a_group():
     right = np.random.default_rng(2).random(400) < 0.9
     ours = score(*right_or_wrong(right), np.arange(400))["accuracy"]
@@ -133,7 +174,7 @@ def test_no_metric_is_certain_of_a_perfect_score(metric):
 def test_intervals_are_the_same_at_every_run():
     truth = *truth_of(TABLE, ["a", "b", "c"]), ALONE.to_numpy()
     assert score(*truth) == score(*truth)
-    assert list(pd.DataFrame(score(*truth))) == [*METRICS, "ece"]  # in this order, too
+    assert list(pd.DataFrame(score(*truth))) == [*METRICS, "ece", "log_loss"]  # in this order, too
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
@@ -151,21 +192,21 @@ def test_scores_and_intervals_are_those_of_a_plain_bootstrap(case):
     def plain(drawn):
         rows = np.concatenate([rows_of[group] for group in drawn])
         truth, chances = labels[rows], probabilities[rows]
-        guesses, confidence = chances.argmax(1), chances.max(1)
+        guesses = chances.argmax(1)
         found = {"accuracy": metrics.accuracy_score(truth, guesses)}
         for average in ("macro", "weighted"):
             options = {"average": average, "zero_division": 0}
             values = metrics.precision_recall_fscore_support(truth, guesses, **options)
             found |= {f"{average}_{name}": values[i] for i, name in enumerate(("precision", "recall", "f1"))}
         found["mcc"] = metrics.matthews_corrcoef(truth, guesses)
-        found["ece"] = calibration_error(confidence, guesses == truth)
+        found["log_loss"] = metrics.log_loss(truth, chances, labels=range(4))
         return found
 
     draw, draws = np.random.RandomState(0).randint, []
     for _ in range(1000):
         draws.append(plain(tuple(sorted(draw(count, size=count)))))
     draws, value, found = pd.DataFrame(draws), plain(range(count)), score(labels, probabilities, groups)
-    assert len(rows_of) == count and list(found) == [*METRICS, "ece"]
+    assert len(rows_of) == count and found.pop("ece") and list(found) == [*METRICS, "log_loss"]
     for name, ends in found.items():
         low, high = np.quantile(draws[name], [0.025, 0.975])
         assert low < 1 and high > 0  # nothing that Clopper and Pearson would widen
@@ -208,10 +249,12 @@ def test_calibration_before_and_after_and_coverage():
     logits = rng.normal(0, 2, (5000, 3))
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
     after = torch.tensor(logits).softmax(-1).numpy()
-    result = calibration(labels, after, 2.0)
+    result = calibration(labels, after, np.arange(5000), 2.0)
     before = torch.tensor(logits * 2).softmax(-1).numpy()
     assert result["temperature"] == 2 and result["ece_after"] < 0.02 < 0.08 < result["ece_before"]
-    assert result["ece_before"] == pytest.approx(calibration_error(before.max(1), before.argmax(1) == labels))
+    measured = calibration_error(before.max(1), before.argmax(1) == labels)
+    assert measured - 0.005 < result["ece_before"] < measured  # chance adds little to 5,000 images
+    assert result["ece_after"] == score(labels, after, np.arange(5000))["ece"]["value"]
     certain = np.argsort(after.max(1))[500:]
     expected = (after.argmax(1) == labels)[certain].mean()
     assert result["accuracy_at_90_percent_coverage"] == pytest.approx(expected)
@@ -230,3 +273,6 @@ def test_one_group_has_no_interval():
     result = score(np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]), np.zeros(3, int))
     assert result["accuracy"] == {"value": pytest.approx(2 / 3), "low": 0.0, "high": 1.0}
     assert (result["mcc"]["low"], result["mcc"]["high"]) == (-1.0, 1.0)
+    assert (result["ece"]["low"], result["ece"]["high"]) == (0.0, 1.0)
+    never = metrics.log_loss([1], [[1.0, 0.0]], labels=[0, 1])  # the worst that scikit-learn knows
+    assert (result["log_loss"]["low"], result["log_loss"]["high"]) == (0.0, pytest.approx(never))

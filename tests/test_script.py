@@ -81,12 +81,27 @@ def test_all_files_of_the_interface_are_there(run):
     names = {str(path.relative_to(run["model"])) for path in run["model"].rglob("*") if path.is_file()}
     assert names >= {
         "model.safetensors", "config.json", "preprocessor_config.json", "README.md", "settings.json",
-        "all_results.json", "report/metrics.json", "report/predictions.csv", "report/split.csv",
+        "all_results.json", "train_results.json", "eval_results.json", "test_results.json",
+        "report/metrics.json", "report/predictions.csv", "report/split.csv",
         "report/near_duplicates.csv", "report/model_card.md", "report/confusion_matrix.png",
         "report/training_curves.png", "report/per_class.png", "report/reliability.png",
         "report/attention.png",
     }  # fmt: skip
     assert not [path for path in run["model"].parent.rglob("*") if ".part-" in path.name]
+
+
+def test_results_are_named_as_in_the_trainers_own_files(run):
+    found = {
+        part: json.loads((run["model"] / f"{part}_results.json").read_text()) for part in ("eval", "test")
+    }
+    trained, both = (
+        json.loads((run["model"] / f"{part}_results.json").read_text()) for part in ("train", "all")
+    )
+    assert {"train_loss", "train_runtime", "train_samples_per_second", "epoch"} <= trained.keys()
+    for part, numbers in found.items():
+        assert all(name.startswith(f"{part}_") for name in numbers) and f"{part}_loss" in numbers
+    assert both == trained | found["eval"] | found["test"]
+    assert found["eval"]["eval_accuracy"] == metrics(run)["validation"]["accuracy"]["value"]
 
 
 def test_metrics_can_be_computed_again_from_the_predictions(run):

@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import RECIPES, REPOSITORY, ROOT, read_settings, run_script
 
-from steps.options import TRAINING, WORDS, Settings
+from steps.options import EXAMPLE, TRAINING, WORDS, Settings
 from steps.settings import choose_precision, images_per_step, known_names, without_token
 
 
@@ -221,6 +221,26 @@ def test_what_people_write_meets_the_setting(right_flags, word):
 
 def test_every_word_is_none_of_our_settings_and_leads_to_one():
     assert not WORDS.keys() & known_names() and set(WORDS.values()) <= known_names()
+
+
+@pytest.mark.parametrize("value", ["true", "True"])
+def test_resume_from_checkpoint_true_is_the_newest_as_always(right_flags, value):
+    assert read_settings([*right_flags, "--resume_from_checkpoint", value])[1].resume_from_checkpoint is None
+
+
+def test_the_flags_of_the_example_train_and_evaluate(right_flags):
+    assert read_settings([*right_flags, "--do_train", "--do_eval", "--do_predict"])[1].do_train
+    assert read_settings([*right_flags, "--do_train"])[1].num_train_epochs == 4
+
+
+@pytest.mark.parametrize("word", EXAMPLE)
+def test_what_the_example_has_and_we_have_not_is_refused_with_what_to_do(right_flags, word):
+    assert word not in known_names() and word not in WORDS
+    for flags in ([f"--{word}", "true"], [f"--{word.replace('_', '-')}"], ["--do_train", f"--{word}=1"]):
+        with pytest.raises(SystemExit, match=f"^error: unknown argument --.*; {re.escape(EXAMPLE[word])}$"):
+            read_settings([*right_flags, *flags])
+    named = set(re.findall(r"--(\w+)", EXAMPLE[word])) - {"config", "revision"}
+    assert named <= known_names()
 
 
 @pytest.mark.parametrize("word", ["--nonsense", "--gpu_id", "--dropout", "--num_workers", "nonsense"])

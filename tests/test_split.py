@@ -117,6 +117,22 @@ def test_groups_too_large_for_the_shares_are_a_warning(images, tmp_path, caplog)
     with caplog.at_level(logging.WARNING, "finetune_vit"):
         split_images(images, scenes, work_in(tmp_path, Settings(test_size=0.4)))
     assert "whole groups cannot give train its 45%" in caplog.text and "a 75%" in caplog.text
+    assert "few images" not in caplog.text
+
+
+def test_three_images_of_a_class_are_said_to_be_few_and_not_in_large_groups(tmp_path, caplog):
+    """One line names twelve of the hundred classes."""
+    names = [f"species {number:03}" for number in range(100)]
+    features = Features({"file": Value("string"), "label": ClassLabel(names=names)})
+    labels = np.repeat(np.arange(100), 3)
+    files = [f"{row:03}.jpg" for row in range(len(labels))]
+    images = Dataset.from_dict({"file": files, "label": labels}, features=features)
+    with caplog.at_level(logging.WARNING, "finetune_vit"):
+        split_images(images, alone(images), work_in(tmp_path, Settings()))
+    [line] = caplog.messages
+    start = "warning: classes of so few images cannot give train its 70%: species 000 33%, species 001 33%, "
+    assert line.startswith(start)
+    assert line.endswith("species 011 33% and 88 more") and len(line) < 400
 
 
 def test_split_csv_records_every_image_and_is_taken_again(images, tmp_path):

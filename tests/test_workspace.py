@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import transformers
 from conftest import COLOURS, ROOT, load_images, make_work, read_settings
 from draw_sample import save_processor
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 
 from steps.architectures import pixel_shape
 from steps.duplicates import find_scenes
@@ -244,7 +248,16 @@ def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
     [
         ({"model_type": "resnet"}, 32, "its model_type is resnet, not one of vit, deit, .*, siglip; check"),
         ({"model_type": "no_such_thing"}, 32, "its model_type is no_such_thing, not one of vit, "),
-        ({"architecture": "vit_tiny", "pretrained_cfg": {}}, 32, "model_type is timm_wrapper, not one of"),
+        (
+            {"architecture": "vit_tiny", "pretrained_cfg": {}},
+            32,
+            "is a model of timm, vit_tiny, not",
+        ),
+        (
+            {"architecture": "vit_tiny", "num_classes": 9},
+            32,
+            "is a model of timm, vit_tiny, not of transf",
+        ),
         ({}, 32, "its model_type is None, not one of"),
         (
             {"model_type": "vit", "image_size": 64},
@@ -255,7 +268,7 @@ def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
         (
             {"model_type": "vit", "image_size": 32, "num_channels": 1},
             32,
-            "makes .* pixels, but its vit takes",
+            r"its vit takes images of 1 channels, not of 3 \(RGB\); use another --model_name",
         ),
         (None, None, "cannot use"),
     ],
@@ -289,12 +302,14 @@ def broken(folder, name, content):
 
 BROKEN = {
     "no weights": {"model.safetensors": None},
-    "a pickle": {"model.safetensors": None, "pytorch_model.bin": b"x"},
+    "half of the weights": {
+        "model.safetensors": None,
+        "model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors"}}',
+    },
     "cut weights": {"model.safetensors": b"\x10\0\0\0\0\0\0\0{}"},
     "empty weights": {"model.safetensors": b""},
     "garbled config": {"config.json": b"{"},
     "config of another kind": {"config.json": b"[1]"},
-    "no processor": {"preprocessor_config.json": None},
     "garbled processor": {"preprocessor_config.json": b"{"},
     "processor without size": {"preprocessor_config.json": b'{"size": 7.5}'},
 }
@@ -307,8 +322,62 @@ def test_a_damaged_checkpoint_is_one_error_line_before_anything_else(tmp_path, f
     with pytest.raises(SystemExit, match=r"^error: cannot use .*/broken: .+; check --model_name") as stopped:
         choose_checkpoint(work)
     assert "\n" not in str(stopped.value)
-    if name == "a pickle":
-        assert "a pickle can run code" in str(stopped.value)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n"
+INDEX = b'{"weight_map": {"a": "model-1.safetensors"}}'
+ADAPTER = b'{"peft_type": "LORA", "base_model_name_or_path": "google/vit"}'
+OTHER = {  # what it is: the files that make a checkpoint of it, what is said of it
+    "a pointer": ({"model.safetensors": POINTER}, "model.safetensors is a pointer of Git LFS.*lfs pull$"),
+    "a pointed part": (
+        {"model.safetensors": None, "model.safetensors.index.json": INDEX, "model-1.safetensors": POINTER},
+        "its model-1.safetensors is a pointer of Git LFS",
+    ),
+    "an adapter": ({"config.json": None, "adapter_config.json": ADAPTER}, "is a PEFT adapter of google/vit"),
+    "an adapter with a config": (
+        {"model.safetensors": None, "adapter_config.json": ADAPTER}, "is a PEFT adapter of google/vit, not"
+    ),
+    "a pickle": (
+        {"model.safetensors": None, "pytorch_model.bin": b"x"}, "a pickle, which can run code; .*python -c"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, flags, tiny_vit, kind):
+    files, message = OTHER[kind]
+    folder = broken(tiny_vit, tmp_path / "other", files)
+    with pytest.raises(SystemExit, match=f"^error: cannot use .*/other: .*{message}") as stopped:
+        choose_checkpoint(make_work([*flags, "--model_name_or_path", folder]))
+    assert "\n" not in str(stopped.value) and "check --model_name" not in str(stopped.value)
+
+
+def test_the_command_for_a_pickle_converts_it(tmp_path, flags, tiny_vit, monkeypatch):
+    """The line's own code is run, and what it makes can be used."""
+    monkeypatch.chdir(tmp_path)
+    folder = broken(tiny_vit, tmp_path / "old", {})
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        choose_checkpoint(make_work([*flags, "--model_name_or_path", folder]))
+    exec(re.search('convert it and use old-safetensors: python -c "(.*)"$', str(stopped.value))[1])
+    made = make_work([*flags, "--model_name_or_path", "old-safetensors"])
+    assert choose_checkpoint(made) == "old-safetensors"
+    before, after = (load_file(path / "model.safetensors") for path in (tiny_vit, Path("old-safetensors")))
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+    names = tiny_vit, "old-safetensors"
+    before, after = (AutoImageProcessor.from_pretrained(name).to_dict() for name in names)
+    assert before == after
+
+
+def test_a_finished_model_without_its_processor_is_damaged(tmp_path, flags, tiny_vit):
+    """The defaults of its type may not be what it was trained with."""
+    folder = broken(tiny_vit, tmp_path / "model", {"preprocessor_config.json": None})
+    config = json.loads((folder / "config.json").read_text()) | {"calibration_temperature": 1.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "trainer_state.json").write_text("{}")
+    with pytest.raises(SystemExit, match="preprocessor_config.json is gone; delete its model.safetensors"):
+        choose_checkpoint(make_work([*flags, "--output_dir", folder]))
 
 
 @pytest.mark.parametrize("name", [*BROKEN, "no state"])

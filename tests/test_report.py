@@ -403,7 +403,8 @@ def test_page_is_of_the_model_that_the_file_beside_it_names(tmp_path, tiny_vit, 
         return pipeline(task, str(tiny_vit))
 
     monkeypatch.setattr("transformers.pipeline", load)
-    monkeypatch.setattr(gradio.Interface, "launch", lambda page: pages.append(page))
+    monkeypatch.setattr(gradio.Interface, "launch", lambda page, **options: pages.append(page) or (0, "", ""))
+    monkeypatch.setattr(gradio.Interface, "block_thread", lambda page: None)
     runpy.run_path(str(app), run_name="__main__")
     assert asked == [(model or str(tmp_path / "run"), revision)]
     (page,) = pages

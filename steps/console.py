@@ -70,7 +70,7 @@ def read_names_as_utf8() -> None:
 
 
 def stop_signals() -> list[int]:
-    """Return Ctrl-C, SIGTERM and SIGHUP (of a closed terminal), without those that `nohup` has switched off."""
+    """Return Ctrl-C, SIGTERM and SIGHUP (of a closed terminal), but for what `nohup` has switched off."""
     names = "SIGINT", "SIGTERM", "SIGHUP"  # the last is unknown to Windows
     kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return [kind for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN]

@@ -28,7 +28,8 @@ DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 # images, labels, splits and patients), how they are shown, what computes them.
 MAY_DIFFER = """accelerator_config arguments auto_find_batch_size bf16 bf16_full_eval cross_validate
 data_dir data_root data_url dataloader_in_order dataloader_multiprocessing_context
-dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
+ddp_broadcast_buffers ddp_bucket_cap_mb
 ddp_find_unused_parameters ddp_static_graph ddp_timeout disable_tqdm do_eval do_predict do_train endoscopy
 eval_accumulation_steps evaluate_train external_dir fp16 fp16_full_eval gradient_accumulation_steps
 hub_always_push hub_model_id hub_private_repo hub_revision hub_space_id hub_strategy hub_token

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .console import MAIN, log, retry, stop
+from .console import MAIN, close_screen, log, retry, stop
 from .files import atomic, need_space, read_json, remove, sha256_of, write_json
 
 NEEDED = {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}  # to resume
@@ -51,6 +51,8 @@ class StopOnSignal(TrainerCallback):
 
     def note(self, kind: int, frame: Any) -> None:
         self.caught = True
+        if kind == getattr(signal, "SIGHUP", None):
+            close_screen()
         signal.signal(kind, signal.default_int_handler)  # a second one stops at once
         log.info("stopping after this step, to save it")
 

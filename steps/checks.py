@@ -139,6 +139,8 @@ def combinations(settings: Settings, training: TrainingArguments) -> Iterator[tu
         yield lacking, f"the package {package} is not installed", "pip install -r requirements.txt"
     lacking = settings.demo and not importlib.util.find_spec("gradio")
     yield lacking, "--demo needs Gradio", "pip install gradio"
+    alone = settings.demo_share and not settings.demo
+    yield alone, "--demo_share makes the page of --demo public", "add --demo"
     alone = settings.predictions_file and not settings.predict
     yield alone, "--predictions_file names the table of --predict", "add --predict"
     alone = settings.hub_space_id and not training.push_to_hub

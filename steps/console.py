@@ -10,13 +10,22 @@ import os
 import re
 import signal
 import ssl
+import stat
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
+# What torchrun and other launchers tell their processes. A part of it, left over from another program, would
+# make this one wait for processes that nobody starts, or take itself for one that must be silent.
+LAUNCHER = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+PROCESSES = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= set(LAUNCHER) else 1
+STRAY = [] if os.environ.keys() >= set(LAUNCHER) else [name for name in LAUNCHER[:3] if name in os.environ]
+for name in STRAY:
+    del os.environ[name]
 MAIN = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes and speaks
 NOTEBOOK = "ipykernel" in sys.modules
 TOKEN = r"hf_\w{30,}"  # a token of the Hub
@@ -28,6 +37,11 @@ log = logging.getLogger("finetune_vit")
 
 def start_logging() -> None:
     """Send log lines to standard output; in a script, let errors and Ctrl-C end in one line."""
+    if not NOTEBOOK:
+        read_names_as_utf8()
+        os.environ["MPLBACKEND"] = "agg"  # no window is opened; a notebook's own may not be installed here
+    with suppress(AttributeError):  # of a notebook, which shows everything
+        sys.stdout.reconfigure(errors="replace")  # a console may lack letters; standard error escapes them
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     log.setLevel(logging.INFO if MAIN else logging.ERROR)
     logging.raiseExceptions = False  # or every line after a closed pipe gets a traceback of its own
@@ -38,7 +52,36 @@ def start_logging() -> None:
     warnings.filterwarnings("ignore", "IProgress not found")  # tqdm draws its bars as text then
     if not NOTEBOOK:
         sys.excepthook = end_in_one_line
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+        for kind in stop_signals():
+            signal.signal(kind, signal.default_int_handler)  # like Ctrl-C
+    if STRAY:
+        names = f"warning: no launcher set all of {', '.join(LAUNCHER)}: without {', '.join(STRAY)}"
+        log.warning("%s, this is the only process", names)
+
+
+def read_names_as_utf8() -> None:
+    """Start this script again where Python takes file names for another code than UTF-8; Unix only.
+
+    The system stores bytes. In the code of the locale names would be garbled, in the model's labels, too.
+    """
+    if os.name == "posix" and sys.getfilesystemencoding() != "utf-8":
+        os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")  # the screen's
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def stop_signals() -> list[int]:
+    """Return Ctrl-C, SIGTERM and SIGHUP (of a closed terminal), but for what `nohup` has switched off."""
+    names = "SIGINT", "SIGTERM", "SIGHUP"  # the last is unknown to Windows
+    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [kind for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN]
+
+
+def close_screen() -> None:
+    """Send what is still told to nowhere: after SIGHUP, writing to the closed terminal is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for screen in (1, 2):
+        if stat.S_ISCHR(os.fstat(screen).st_mode):
+            os.dup2(nowhere, screen)
 
 
 def first_line(problem: BaseException) -> str:

@@ -8,11 +8,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from .archives import class_root, is_archive, unpack
 from .checks import archive_name, is_url
 from .console import log, may_pass, progress, retry, stop
+from .environment import lock_of
 from .files import need_space, read_json, remove, sha256_of, write_json
 from .hubdata import fetch_dataset
 from .options import KVASIR_URL, Settings
@@ -37,13 +36,13 @@ def fetch_images(work: Workspace) -> tuple[Path, dict[str, Any]]:
     if settings.data_dir is not None:
         return Path(settings.data_dir).resolve(), {}
     if settings.dataset_name is not None:
-        with filelock.FileLock(root / ".lock"):
+        with lock_of(root):
             return fetch_dataset(settings)
     name, stem = archive_name(url)
     archive, folder = work.archives / name if is_url(url) else Path(url), root / stem
     if folder.is_file():
         stop(f"{folder} is a file, where {name} is to be unpacked", "move it, or use another --data_root")
-    with filelock.FileLock(root / ".lock"):  # a second run waits for the first one's download
+    with lock_of(root):  # a second run waits for the first one's download
         if is_url(url) and not folder.exists():
             download(url, archive)
         origin = identify(archive, folder, settings)

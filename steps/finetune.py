@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from .architectures import blocks_of
 from .checkpoints import StopOnSignal
-from .console import MAIN, log, progress, stop
+from .console import MAIN, log, progress, stop, stop_signals
 from .files import read_json, write_json
 from .scores import fit_temperature
 from .settings import images_per_step
@@ -113,13 +113,13 @@ class EpochLog(TrainerCallback):
 
 @contextmanager
 def guarded(trainer: Trainer, training: TrainingArguments) -> Iterator[None]:
-    """While the block trains, Ctrl-C or SIGTERM saves a checkpoint, then raises KeyboardInterrupt.
+    """While the block trains, Ctrl-C, SIGTERM or SIGHUP saves a checkpoint, then raises KeyboardInterrupt.
 
     If memory is too small, SystemExit advises on `training`, the arguments as they were given.
     """
     guard = StopOnSignal()
     alone = training.world_size == 1 and threading.current_thread() is threading.main_thread()
-    kinds = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    kinds = stop_signals() if alone else ()
     before = {kind: signal.signal(kind, guard.note) for kind in kinds}
     trainer.add_callback(guard)
     try:

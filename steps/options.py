@@ -57,6 +57,7 @@ class Settings:
     predict: list[str] | None = setting(None, "Do not train: classify images, folders, archives.", "PATH ...")
     predictions_file: str | None = setting(None, "CSV file for the answers of --predict.", "FILE")
     demo: bool = setting(False, "Do not train: open a web page to try the model.")
+    demo_share: bool = setting(False, "With --demo: also a public link, for whoever has it.")
     arguments: list[str] = field(default_factory=list, init=False)  # as given, without the token
 
 

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .checks import HELP, UNFIT, check_settings, check_torchvision, check_training
 from .console import stop
+from .environment import bear_lack_of_locks, keep_caches, meeting, plain_paths
 from .options import EXAMPLE, TRAINING, WORDS, Settings
 
 USAGE = "usage: python finetune_vit.py [--config FILE] [--SETTING VALUE ...]"
@@ -56,7 +57,7 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
     usual = {name: default for name, (default, _, _) in TRAINING.items()}
     parser.set_defaults(do_train=None, **usual | recipes["default"])  # so that `--do_train false` is seen
     first, _ = parser.parse_known_args(arguments)
-    given = config_flags(Path(first.config), known_names()) if first.config else {}
+    given = config_flags(Path(first.config).expanduser(), known_names()) if first.config else {}
     if any(word.split("=")[0] == "--recipe" for word in arguments):
         overridden = choose_recipe(first.recipe, recipes)
         given = {name: words for name, words in given.items() if name not in overridden}
@@ -70,13 +71,17 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
     check_torchvision()
     parser.set_defaults(**suit_hardware(first) | recipe | {"learning_rate": None})
     try:
-        settings, training, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        with meeting():
+            settings, training, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+            prepare_training(training, recipe)
     except Exception as problem:  # of many kinds: the checks of TrainingArguments
         stop(problem, HELP)
     settings.arguments = without_token(arguments)
-    prepare_training(training, recipe)
+    plain_paths(settings, training)
     check_settings(settings, training)
     check_training(training)
+    keep_caches(settings)
+    bear_lack_of_locks()
     return settings, training
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from .architectures import check_checkpoint, pixel_shape, processor_of
 from .archives import is_archive, unpack
 from .console import MAIN, first_line, log, progress, show, stop
+from .environment import same_value
 from .files import PREFIX, atomic, csv_options, probability_columns, read_json
 from .load import list_images, summary
 from .model import normalise_on_device
@@ -49,7 +50,8 @@ def show_commands(output_dir: str) -> None:
 def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[str]]:
     """Return the name of a fine-tuned model, and its classes, kept apart. SystemExit if there is none."""
     record = read_json(output_dir / "settings.json").get("settings", {})
-    own = settings.model_name_or_path in (VIT_BASE, record.get("model_name_or_path"))
+    made = VIT_BASE, record.get("model_name_or_path")
+    own = any(same_value(settings.model_name_or_path, pretrained) for pretrained in made)
     name = str(output_dir) if own else settings.model_name_or_path
     if own and not (output_dir / "model.safetensors").exists():
         remedy = "train it first, or give --output_dir or --model_name_or_path"
@@ -192,7 +194,8 @@ def predict_files(settings: Settings, training: TrainingArguments) -> None:
 
 
 def open_page(settings: Settings, training: TrainingArguments) -> None:
-    """Serve the web page of a fine-tuned model, until Ctrl-C."""
+    """Serve the web page of a fine-tuned model, until Ctrl-C. Raises SystemExit if that fails."""
     name, class_names = choose_classifier(settings, Path(training.output_dir))
     page = make_space(Path(tempfile.mkdtemp()), class_names, name)  # kept: a notebook goes on meanwhile
-    runpy.run_path(str(page))["build_page"](name, names=class_names).launch()
+    room = runpy.run_path(str(page))
+    room["serve"](room["build_page"](name, names=class_names), settings.demo_share)

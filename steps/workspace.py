@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 
 from .architectures import NO_CHECKPOINTING, check_checkpoint
 from .console import MAIN, NOTEBOOK, first_line, log, stop
+from .environment import can_write, lock_of, same_value
 from .files import read_json, remove, write_json
 from .options import Settings
 from .settings import images_per_step
@@ -23,15 +24,17 @@ from .settings import images_per_step
 HERE = Path(__file__).parent
 SAMPLE = HERE.parent / "data" / "sample.zip"  # drawn by tests/draw_sample.py, with Kvasir's class names
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
-# A run may go on although these differ: where things lie, how they are shown, what computes them.
+# A run may go on although these differ: where things lie (`record_data` sees whether they are the same
+# images, labels, splits and patients), how they are shown, what computes them.
 MAY_DIFFER = """accelerator_config arguments auto_find_batch_size bf16 bf16_full_eval cross_validate
-data_root dataloader_in_order dataloader_multiprocessing_context dataloader_persistent_workers
-dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+data_dir data_root data_url dataloader_in_order dataloader_multiprocessing_context
+dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
+ddp_broadcast_buffers ddp_bucket_cap_mb
 ddp_find_unused_parameters ddp_static_graph ddp_timeout disable_tqdm do_eval do_predict do_train endoscopy
 eval_accumulation_steps evaluate_train external_dir fp16 fp16_full_eval gradient_accumulation_steps
 hub_always_push hub_model_id hub_private_repo hub_revision hub_space_id hub_strategy hub_token
 include_for_metrics include_num_input_tokens_seen local_rank log_level log_level_replica log_on_each_node
-logging_first_step logging_steps logging_strategy output_dir per_device_eval_batch_size
+logging_first_step logging_steps logging_strategy metadata output_dir per_device_eval_batch_size
 per_device_train_batch_size project push_to_hub report_to resume_from_checkpoint run_name save_on_each_node
 save_total_limit tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
 trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu""".split()
@@ -44,7 +47,7 @@ class Workspace:
     settings: Settings
     training: TrainingArguments
     archives: Path  # of downloads: `data_root`, on Colab a folder on Drive
-    lock: filelock.FileLock | None = None  # held until the process ends
+    lock: filelock.BaseFileLock | None = None  # held until the process ends
 
     @property
     def output_dir(self) -> Path:
@@ -62,6 +65,8 @@ class Workspace:
 def open_workspace(settings: Settings, training: TrainingArguments) -> Workspace:
     """Return the folders of the run, new or found again. Raises SystemExit if other results are there."""
     archives = keep_on_drive(settings, training, DRIVE)
+    if not can_write(Path(settings.data_root, "cache")):
+        stop(f"cannot write into {settings.data_root}", "choose another --data_root")
     output_dir = Path(training.output_dir)
     work = Workspace(settings, training, archives, claim(output_dir))
     now, path = record_of(work), output_dir / "settings.json"
@@ -120,11 +125,11 @@ def keep_on_drive(settings: Settings, training: TrainingArguments, drive: Path) 
     return home
 
 
-def claim(folder: Path) -> filelock.FileLock:
+def claim(folder: Path) -> filelock.BaseFileLock:
     """Lock `folder` until this process ends, however it ends. Raises SystemExit if another run has it."""
-    lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True)  # a cell may be run twice
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_of(folder, timeout=0)
         if MAIN:
             lock.acquire()
     except filelock.Timeout:
@@ -149,7 +154,7 @@ def changes(before: dict, now: dict) -> list[str]:
         f"{key} was {before[part][key]}, is {now[part][key]}"
         for part in ("settings", "training", "derived")
         for key in sorted(before.get(part, {}).keys() & now[part].keys())
-        if before[part][key] != now[part][key] and key not in MAY_DIFFER
+        if key not in MAY_DIFFER and not same_value(before[part][key], now[part][key])
     ]
 
 

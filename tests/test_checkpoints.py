@@ -178,8 +178,10 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), self.kind)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 5, 6])  # 3 steps per epoch
+# 3 steps per epoch
+@pytest.mark.parametrize("kind, step", [
+    *((kind, step) for kind in (signal.SIGTERM, signal.SIGINT) for step in (1, 5, 6)), (signal.SIGHUP, 5),
+])  # fmt: skip
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(tmp_path, start, whole, caplog, kind, step):
     caplog.set_level("INFO", "finetune_vit")
     handler = signal.getsignal(kind)

@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 
@@ -168,6 +169,8 @@ def test_importing_it_needs_no_package():
 
 def test_only_one_process_speaks(monkeypatch):
     """Under torchrun each process has a RANK; errors are logged by all."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
     code = (
         "from steps.console import *; start_logging(); log.info('told'); log.error('alarm'); stop('a', 'b')"
     )
@@ -177,6 +180,73 @@ def test_only_one_process_speaks(monkeypatch):
         assert (done.returncode, done.stderr.strip()) == (1, line)
         assert (done.stdout.count("told"), done.stdout.count("alarm")) == (told, 1)
     assert logging.getLogger("finetune_vit") is console.log
+
+
+@pytest.mark.parametrize(
+    "names", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR"]
+)
+def test_half_of_a_launchers_variables_are_no_launcher(names):
+    """Left over, they would silence the only process, or let it wait for others."""
+    code = (
+        "from steps.console import *; start_logging(); log.info('told'); print(os.environ.get('WORLD_SIZE'))"
+    )
+    environment = os.environ | dict.fromkeys(names.split(), "1")
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    warning, told, size = done.stdout.splitlines()
+    assert "warning: no launcher set all of RANK, WORLD_SIZE" in warning and "told" in told and size == "None"
+
+
+NAMES = """import os; from steps.console import *; start_logging()
+log.info("told %s", os.listdir(FOLDER)); print(ascii(os.listdir(FOLDER)), sys.getfilesystemencoding())"""
+
+
+@pytest.mark.parametrize("environment, shown", [
+    ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "k?rm?z?"),
+    ({"PYTHONIOENCODING": "cp1252"}, "k?rm?z?"),
+    ({"PYTHONIOENCODING": "latin-1"}, "k?rm?z?"),
+    ({"PYTHONIOENCODING": "utf-8"}, "kırmızı"),
+])  # fmt: skip
+def test_names_stay_right_whatever_the_screen_can_show(tmp_path, environment, shown):
+    (tmp_path / "kırmızı").mkdir()
+    command = [sys.executable, "-c", NAMES.replace("FOLDER", repr(str(tmp_path)))]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, check=True)
+    told, names = done.stdout.decode().splitlines()
+    assert f"told ['{shown}']" in told and done.stderr == b""
+    assert names == f"{ascii(['kırmızı'])} utf-8"
+
+
+def test_figures_need_no_window_and_no_notebook():
+    """Colab hands this back end to its scripts; the environment of the script may lack it."""
+    code = "from steps.console import start_logging; start_logging(); import matplotlib.pyplot as plt; "
+    command = [sys.executable, "-c", f"{code} plt.figure(); print(plt.get_backend())"]
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().lower() == "agg"
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert console.stop_signals() == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert console.stop_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_gets_no_more_text(tmp_path):
+    """The terminal is a pseudo-terminal whose other end has gone; a file still gets its lines."""
+    code = "import sys, os; from steps.console import *; start_logging(); sys.stdin.read(); close_screen(); "
+    code += "print('to nobody', flush=True); os.write(2, b'to the file')"
+    other, terminal = os.openpty()
+    with (tmp_path / "errors").open("wb") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": terminal, "stderr": errors}
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+        os.close(terminal)
+        os.close(other)
+        process.communicate()
+    assert process.returncode == 0 and (tmp_path / "errors").read_bytes() == b"to the file"
 
 
 @pytest.mark.parametrize(

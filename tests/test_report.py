@@ -435,7 +435,8 @@ def test_page_is_of_the_model_that_the_file_beside_it_names(tmp_path, tiny_vit, 
         return pipeline(task, str(tiny_vit))
 
     monkeypatch.setattr("transformers.pipeline", load)
-    monkeypatch.setattr(gradio.Interface, "launch", lambda page: pages.append(page))
+    monkeypatch.setattr(gradio.Interface, "launch", lambda page, **options: pages.append(page) or (0, "", ""))
+    monkeypatch.setattr(gradio.Interface, "block_thread", lambda page: None)
     runpy.run_path(str(app), run_name="__main__")
     assert asked == [(model or str(tmp_path / "run"), revision)]
     (page,) = pages
@@ -448,3 +449,43 @@ def test_page_is_of_the_model_that_the_file_beside_it_names(tmp_path, tiny_vit, 
         page.fn(None)
     with pytest.raises(gradio.Error, match="cannot be read as an image"):
         page.fn(str(app))
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Return a function that serves a page of Gradio's and says what it wrote, or how it ended."""
+    gradio = pytest.importorskip("gradio")
+    app = runpy.run_path(str(make_space(tmp_path, ["cat", "dog"])))
+
+    def serve(share, answer):
+        def launch(page, **options):
+            print("a line of Gradio's")
+            if isinstance(answer, Exception):
+                raise answer
+            return None, "http://127.0.0.1:1/", answer
+
+        monkeypatch.setattr(gradio.Interface, "launch", launch)
+        monkeypatch.setattr(gradio.Interface, "block_thread", lambda page: None)
+        app["serve"](gradio.Interface(str, "text", "text"), share)
+
+    return serve
+
+
+def test_page_names_its_addresses(served, capsys):
+    served(False, None)
+    served(True, "https://x.gradio.live")
+    here = "page: http://127.0.0.1:1/"
+    lines = [here, f"{here} and, for whoever knows it, https://x.gradio.live"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("share, answer, said", [
+    (True, None, "error: Gradio's server gave no public link; check the network"),
+    (False, OSError("Cannot find empty port in range: 7860-7860.\nMore"), "range: 7860-7860.; mend that"),
+    (False, ValueError("When localhost is not accessible"), "cannot be opened: When localhost"),
+])  # fmt: skip
+def test_page_that_cannot_be_opened_is_one_line(served, share, answer, said):
+    with pytest.raises(SystemExit) as stopped:
+        served(share, answer)
+    line = stopped.value.code
+    assert line.startswith("error: ") and said in line and "\n" not in line

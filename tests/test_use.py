@@ -307,6 +307,10 @@ def page(run):
     pytest.importorskip("gradio")
     command = [sys.executable, "-u", SCRIPT, "--output_dir", run["model"], "--demo"]
     environment = os.environ | {"GRADIO_SERVER_PORT": "7899", "PYTHONUNBUFFERED": "1"}
+    environment |= {
+        "http_proxy": "http://127.0.0.1:9",
+        "all_proxy": "socks5://127.0.0.1:9",
+    }  # nobody is there
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         late = threading.Timer(60, process.kill)

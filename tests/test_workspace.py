@@ -169,9 +169,41 @@ def test_another_split_file_takes_effect_until_something_is_trained(tmp_path, re
     work = begin([*ready, "--metadata", str(tmp_path / "right.csv")])
     assert split_of(work) == right
     (work.output_dir / "checkpoint-3").mkdir()
-    with pytest.raises(SystemExit, match="made with other settings: metadata was .*right.csv, is .*wrong"):
+    with pytest.raises(SystemExit, match="no row of|was made from other images, labels, splits or patients"):
         begin([*ready, "--metadata", str(tmp_path / "wrong.csv")])
     assert split_of(work) == right
+
+
+@pytest.mark.parametrize("form", ["images/", "./images", "../{}/images", "{}/images", "moved"])
+def test_the_same_images_are_the_same_run_wherever_they_lie(tmp_path, ready, monkeypatch, form):
+    """Their list decides, not the path."""
+    monkeypatch.chdir(tmp_path)
+    ready[1:4:2] = "images", "model"
+    assert ready[::2][:2] == ["--data_dir", "--output_dir"]
+    split = split_of(begin(ready))
+    Path("model", "checkpoint-3").mkdir()
+    if form == "moved":
+        os.rename("images", "moved")
+    ready[1] = form.format(tmp_path.name if form.startswith("..") else tmp_path)
+    assert split_of(begin(ready)) == split
+    next(Path(ready[1]).rglob("*.jpg")).unlink()
+    with pytest.raises(SystemExit, match="was made from other images, labels, splits or patients than those"):
+        begin(ready)
+
+
+def test_the_same_checkpoint_is_the_same_run_however_it_is_written(tmp_path, begun, tiny_vit, monkeypatch):
+    monkeypatch.chdir(tiny_vit.parent)
+    for form in (f"./{tiny_vit.name}/", f"../{tiny_vit.parent.name}/{tiny_vit.name}"):
+        open_workspace(*read_settings([*begun, "--model_name_or_path", form]))
+    shutil.copytree(tiny_vit, tmp_path / "other")
+    with pytest.raises(SystemExit, match="model_name_or_path was .*tiny-vit0, is .*other"):
+        open_workspace(*read_settings([*begun, "--model_name_or_path", str(tmp_path / "other")]))
+
+
+def test_a_data_root_that_cannot_be_written_is_found_at_once(tmp_path, flags):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot write into .*file/data; choose another --data_root"):
+        open_workspace(*read_settings([*flags, "--data_root", str(tmp_path / "file" / "data")]))
 
 
 def test_a_split_file_may_be_mended_until_something_is_trained(tmp_path, ready):

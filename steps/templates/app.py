@@ -1,12 +1,32 @@
 """Web page to try a fine-tuned image classifier: `python app.py`, or as a Space of the Hub."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+
+def ask_this_machine_directly() -> None:
+    """Let no request to this machine go through a proxy, or Gradio would take its own page for absent."""
+    for name in ("no_proxy", "NO_PROXY"):
+        known = os.environ.get(name)
+        os.environ[name] = ",".join([*filter(None, [known]), "localhost", "127.0.0.1", "::1", "0.0.0.0"])
+    if not importlib.util.find_spec("socksio"):  # then httpx refuses every request
+        for name, value in list(os.environ.items()):
+            if name.lower().endswith("_proxy") and value.startswith("socks"):
+                del os.environ[name]
+
+
+ask_this_machine_directly()  # first: Gradio makes a client as it is imported
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # what is shown here is nobody else's business
+UPLOADS = tempfile.TemporaryDirectory()  # and gone at the end; Gradio's own folder may be another user's
+os.environ.setdefault("GRADIO_TEMP_DIR", UPLOADS.name)
 
 import gradio as gr
 from transformers import pipeline
@@ -52,6 +72,22 @@ def build_page(model: str, revision: str | None = None, names: Sequence[str] = (
     )
 
 
+def serve(page: gr.Interface, share: bool = False) -> None:
+    """Open the page, with `share` at a public address, too, until Ctrl-C. Raises SystemExit if that fails."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Gradio's lines, on the options of its own
+            _, local, public = page.launch(share=share or None, quiet=True, prevent_thread_lock=True)
+    except Exception as problem:  # of many kinds: ports, settings in the environment
+        line = str(problem).strip().partition("\n")[0] or type(problem).__name__
+        sys.exit(f"error: the page cannot be opened: {line}; mend that, or set another GRADIO_SERVER_PORT")
+    if share and not public:
+        page.close()
+        sys.exit("error: Gradio's server gave no public link; check the network, or leave --demo_share out")
+    print("page:", *filter(None, [local, public and f"and, for whoever knows it, {public}"]), flush=True)
+    if "ipykernel" not in sys.modules:  # a notebook goes on
+        page.block_thread()
+
+
 if __name__ == "__main__":
     chosen = json.loads((HERE / "model.json").read_text(encoding="utf-8"))  # its name and branch on the Hub
-    build_page(chosen["model"] or str(HERE.parents[1]), chosen["revision"]).launch()
+    serve(build_page(chosen["model"] or str(HERE.parents[1]), chosen["revision"]))

@@ -10,10 +10,11 @@ from typing import Any
 
 import filelock
 
-from .archives import class_root, is_archive, unpack
+from .archives import class_root, unpack
 from .checks import archive_name, is_url
 from .console import log, may_pass, progress, retry, stop
 from .files import need_space, read_json, remove, sha256_of, write_json
+from .formats import is_archive
 from .hubdata import fetch_dataset
 from .options import KVASIR_URL, Settings
 from .workspace import Workspace

@@ -19,9 +19,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 from transformers import PreTrainedModel, TrainingArguments
 
 from .architectures import check_checkpoint, pixel_shape
-from .archives import is_archive, unpack
+from .archives import unpack
 from .console import MAIN, first_line, log, progress, show, stop
 from .files import atomic, read_json
+from .formats import is_archive
 from .load import list_images, summary
 from .model import normalise_on_device
 from .options import VIT_BASE, Settings

@@ -83,16 +83,15 @@ HOSTILE = {
     "twice": ([("a/0.jpg", b"x"), ("a/0.jpg", b"y")], "have the same name"),
     "file and folder": ([("a", b"x"), ("a/0.jpg", b"y")], "cannot unpack"),
     "our own name": ([("a/0.jpg", b"x"), (".archive.json/0.jpg", b"y")], "cannot unpack"),
-    "many": ([(f"a/{i}.jpg", b"") for i in range(501)], "501 files"),
-    "bomb": ([("a/0.bmp", ZEROS), ("a/1.bmp", ZEROS), ("a/2.bmp", ZEROS)], "are no archive of images"),
+    "long": ([("a/" * 3000 + "0.jpg", b"x")], "a name of 6,005 characters"),
+    "bomb": ([("a/0.bmp", ZEROS), ("a/1.bmp", ZEROS), ("a/2.bmp", ZEROS)], "unpacks to more than"),
 }
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_archives_are_refused_and_leave_nothing(tmp_path, monkeypatch, name, kind):
+def test_hostile_archives_are_refused_and_leave_nothing(tmp_path, name, kind):
     members, message = HOSTILE[name]
-    monkeypatch.setattr("steps.archives.MOST_FILES", 500)  # 200,000 take long to write
     root, path = tmp_path / "deep" / "data", tmp_path / f"a.{kind}"
     (write_zip if kind == "zip" else write_tar)(path, members)
     with pytest.raises(SystemExit, match="cannot unpack") as stopped:

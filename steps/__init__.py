@@ -1,7 +1,7 @@
 """The modules behind `finetune_vit.py`: one or two for each step, and a few that the steps share.
 
 A module imports only modules that stand before it in this list: console, files, options, columns, checks,
-environment, settings, architectures, workspace, archives, hubdata, download, suspects, layouts, tables,
-rows, load, preprocess, duplicates, earlier, split, model, scores, checkpoints, finetune, lettering,
-figures, report, evaluation, publish, use.
+environment, settings, architectures, workspace, archive_formats, archives, hubdata, download, suspects,
+layouts, tables, rows, load, preprocess, duplicates, earlier, split, model, scores, checkpoints, finetune,
+lettering, figures, report, evaluation, publish, use.
 """

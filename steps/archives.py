@@ -1,5 +1,9 @@
 """Zip and tar archives: refused if hostile or damaged, else unpacked into a folder that is whole."""
 
+import errno
+import itertools
+import os
+import re
 import stat
 import tarfile
 import unicodedata
@@ -10,14 +14,12 @@ from typing import Any
 
 from .console import LASTING, PASSING, file_error, log, progress, stop
 from .files import atomic, need_space, write_json
+from .archive_formats import Tar, open_archive, spell_names
 
-MOST_FILES = 200_000  # more are no archive of images
+BLOCK = 4096  # bytes that even an empty file takes on the disk
+SMALL = 1 << 30  # bytes that any archive may unpack to
+NAME_ERRORS = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}  # this disk takes no such name
 HIDDEN = (".", "__")  # what names such as .ipynb_checkpoints and __MACOSX begin with
-
-
-def is_archive(path: Path) -> bool:
-    """Say whether a file is a zip or tar archive, by its content."""
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
 
 
 def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
@@ -29,55 +31,81 @@ def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
     try:
         with atomic(folder) as part:
             part.mkdir()
-            with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as file:
-                if isinstance(file, zipfile.ZipFile):
-                    members, options = list(refuse_hostile(file.infolist(), archive)), {}
-                    size = sum(member.file_size for member in members)
-                else:
-                    members, options = list(refuse_hostile(file, archive)), {"filter": "data"}
-                    size = sum(member.size for member in members)
-                    check_end(file)
-                need_space(part, size)
+            with open_archive(archive) as file:
+                listed = spell_names(file) if isinstance(file, zipfile.ZipFile) else file
+                members = list(refuse_hostile(listed, archive))
+                options = {}
+                if isinstance(file, Tar):
+                    file.check_end()
+                    options["filter"] = "data"
+                need_space(part, sum(map(size_on_disk, members)))
                 for member in progress(members, desc=archive.name, unit=" files"):
                     file.extract(member, part, **options)
             write_json(part / ".archive.json", origin)
     except Exception as problem:  # of many kinds, by what is wrong with it
         if file_error(problem) in PASSING | LASTING:
             raise
-        stop(f"cannot unpack {archive}: {problem}", "delete it if it is damaged")
+        remedy = "delete it if it is damaged"
+        if isinstance(problem, RuntimeError):  # it is encrypted, or `zipfile` does not know how it is packed
+            remedy = "unpack it by other means, and give the folder"
+        elif file_error(problem) in NAME_ERRORS:
+            remedy = "use a disk that takes such names, or rename it in the archive"
+        stop(f"cannot unpack {archive}: {problem}", remedy)
 
 
-def check_end(archive: tarfile.TarFile) -> None:
-    """Raise EOFError or OSError unless all of it is there: `tarfile` takes any damaged header for its end."""
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise EOFError("its end, a block of zeros, is missing")
-    while archive.fileobj.read(1 << 20):  # to where a compressed file keeps its checksum
-        pass
+def size_on_disk(member: zipfile.ZipInfo | tarfile.TarInfo) -> int:
+    """Return about how many bytes a member takes once it is unpacked."""
+    return max(BLOCK, member.file_size if isinstance(member, zipfile.ZipInfo) else member.size)
 
 
 def refuse_hostile(members: Iterable[Any], archive: Path) -> Iterator[zipfile.ZipInfo | tarfile.TarInfo]:
-    """Pass on the members of an archive, as long as they are what image archives hold. Raises ValueError."""
-    total, seen, most = 0, {}, max(100 * archive.stat().st_size, 1 << 30)  # bytes; more is a zip bomb
-    for count, member in enumerate(members, 1):
-        if isinstance(member, zipfile.ZipInfo):
-            name, size, folder = member.filename, member.file_size, member.is_dir()
-            plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-        else:
-            name, size, folder = member.name, member.size, member.isdir()
-            plain = folder or member.isreg()
-        path, total = PurePosixPath(name), total + size
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name.split("/")[0]:
+    """Pass on the members of an archive, as long as they are what image archives hold.
+
+    Raises ValueError, NotImplementedError if one is encrypted.
+    """
+    total, seen, files, most = 0, {}, set(), max(100 * archive.stat().st_size, SMALL)
+    for member in members:
+        name = member.filename if isinstance(member, zipfile.ZipInfo) else member.name
+        if len(name) > BLOCK:  # longer than any system's paths
+            raise ValueError(f"a name of {len(name):,} characters is none of an image")
+        path, total = PurePosixPath(name), total + size_on_disk(member)
+        if leads_out(name):
             raise ValueError(f"{name!r} would lead out of its folder")
+        folder, plain = kind_of(member, files)
         if not plain:
             raise ValueError(f"{name!r} is a link or a device")
-        if count > MOST_FILES or total > most:
-            raise ValueError(f"{count:,} files of {total:,} bytes and more are no archive of images")
-        for part in [path, *path.parents]:  # a disk that ignores case would lose one of A and a
+        if total > most:
+            raise ValueError(f"it unpacks to more than {most:,} bytes, as no archive of images does")
+        for part in itertools.chain([path], path.parents):  # a disk that ignores case would lose one of A, a
             before = seen.setdefault(unicodedata.normalize("NFC", str(part)).casefold(), part)
             if before != part or (part is path and before is not part and not folder):
                 raise ValueError(f"{str(part)!r} and {str(before)!r} have the same name")
+            if before is not part:  # a folder: those around it have been seen, too
+                break
+        if not folder:
+            files.add(path)
         yield member
+
+
+def leads_out(name: str) -> bool:
+    """Say whether a name in an archive could lead to somewhere else, on this system or another."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    drive = re.match("[A-Za-z]:$", path.parts[0]) if path.parts else None
+    refused = os.name == "nt" and re.search(r"[:\\]", name)
+    return bool(path.is_absolute() or ".." in path.parts or drive or refused)
+
+
+def kind_of(member: zipfile.ZipInfo | tarfile.TarInfo, files: set[PurePosixPath]) -> tuple[bool, bool]:
+    """Return whether a member is a folder, and whether it is that, a file, or a hard link to one of `files`.
+
+    Raises NotImplementedError if it is encrypted.
+    """
+    if isinstance(member, tarfile.TarInfo):
+        linked = member.islnk() and PurePosixPath(member.linkname) in files
+        return member.isdir(), member.isdir() or member.isreg() or linked
+    if member.flag_bits & 1:
+        raise NotImplementedError("it is encrypted")
+    return member.is_dir(), stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
 
 
 def class_root(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .options import AUGMENTATIONS, KVASIR_URL, METRICS, Settings
 
 HELP = "see python finetune_vit.py --help"
 REQUIRED = "accelerate datasets evaluate filelock matplotlib scipy simplejpeg sklearn".split()
+UNREAD = (".7z", ".rar", ".zst", ".tzst")  # archives that need another program
 NO_TEXT = "[\0\ud800-\udfff]"  # what a text cannot hold: a null byte, or what is not UTF-8
 RANGES = {  # numbers of TrainingArguments by (least, most)
     (0, 1e6): "num_train_epochs learning_rate weight_decay max_grad_norm eval_delay",
@@ -40,13 +42,26 @@ save_only_model ignore_data_skip enable_jit_checkpoint use_liger_kernel fsdp dee
 
 def is_url(location: str) -> bool:
     """Say whether an archive is to be downloaded."""
-    return location.startswith(("http://", "https://"))
+    return location.lower().startswith(("http://", "https://"))
+
+
+def local_path(location: str) -> Path:
+    """Return the path of an archive on this machine, which may be a file:// URL."""
+    if location.lower().startswith("file:"):
+        location = urllib.request.url2pathname(urllib.parse.urlparse(location).path)
+    return Path(location)
 
 
 def archive_name(location: str) -> tuple[str, str]:
-    """Return the file name of an archive, with and without its ending. Raises SystemExit if it has none."""
+    """Return the file name of an archive, and the name of the folder to unpack it into.
+
+    A name without an ending is as good: the content decides. Raises SystemExit if there is no name.
+    """
     try:
-        url = urllib.parse.urlparse(location if is_url(location) else Path(location).absolute().as_uri())
+        url = urllib.parse.urlparse(
+            location if is_url(location) else local_path(location).absolute().as_uri()
+        )
+        url.netloc.encode("idna")
         if is_url(location) and (url.port == 0 or not url.hostname):  # reading the port checks it, too
             raise ValueError("it names no server")
     except ValueError as problem:
@@ -56,11 +71,15 @@ def archive_name(location: str) -> tuple[str, str]:
     name = Path(urllib.parse.unquote(url.path)).name
     endings = [ending for _, endings, _ in shutil.get_unpack_formats() for ending in endings]
     stems = [name[: -len(ending)] for ending in endings if name.lower().endswith(ending)]
-    if not any(stem.strip(".") for stem in stems):
-        stop(f"{location} is not named like an archive", f"give one that ends in {', '.join(endings)}")
-    if "cache" in stems:
+    if not stems and name.lower().endswith(UNREAD):
+        remedy = "unpack it by other means, and give the folder as --data_dir"
+        stop(f"{location} is no zip or tar archive", remedy)
+    stem = min(stems, key=len, default=name)
+    if not stem.strip(".") or re.search(NO_TEXT, name):
+        stop(f"{location} names no archive", "give the URL or the path of one")
+    if stem == "cache":
         stop(f"{location} would be unpacked where the pixels are cached", "rename it")
-    return name, min(stems, key=len)
+    return name if stems else f"{name}.archive", stem
 
 
 def check_settings(settings: Settings, training: TrainingArguments) -> None:
@@ -91,7 +110,7 @@ def paths(settings: Settings, output_dir: str) -> Iterator[tuple]:
         problem = f"--{name} {folder} lies in --data_dir, as if it were a class"
         yield inside, problem, "choose one outside of it"
     url, table = settings.data_url, settings.metadata
-    absent = settings.data_dir is None and not is_url(url) and not os.path.isfile(url)
+    absent = settings.data_dir is None and not is_url(url) and not os.path.isfile(local_path(url))
     yield absent, f"--data_url {url} is not a file", "give a URL or the path of an archive"
     places = [Path(folder, table or "") for folder in ("", settings.data_dir) if folder is not None]
     absent = table is not None and settings.data_dir and not any(map(os.path.isfile, places))

@@ -153,7 +153,8 @@ def may_pass(problem: BaseException) -> bool:
     if status := getattr(problem, "code", None) or getattr(response, "status_code", None):
         return status in (408, 416, 425, 429, 500, 502, 503, 504)
     certificate = isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError)
-    return not (certificate or isinstance(problem, ValueError) or file_error(problem) in LASTING)
+    refused = re.search("Tunnel connection failed: 4", str(problem))  # by a proxy
+    return not (certificate or refused or isinstance(problem, ValueError) or file_error(problem) in LASTING)
 
 
 def hidden_cause(problem: BaseException) -> BaseException:

@@ -2,14 +2,19 @@
 
 import http.client
 import os
+import re
+import ssl
+import string
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from .archives import class_root, is_archive, unpack
-from .checks import archive_name, is_url
+from .archive_formats import is_archive, other_kind
+from .archives import class_root, unpack
+from .checks import archive_name, is_url, local_path
 from .console import log, may_pass, progress, retry, stop
 from .environment import lock_of
 from .files import need_space, read_json, remove, sha256_of, write_json
@@ -39,7 +44,7 @@ def fetch_images(work: Workspace) -> tuple[Path, dict[str, Any]]:
         with lock_of(root):
             return fetch_dataset(settings)
     name, stem = archive_name(url)
-    archive, folder = work.archives / name if is_url(url) else Path(url), root / stem
+    archive, folder = work.archives / name if is_url(url) else local_path(url), root / stem
     if folder.is_file():
         stop(f"{folder} is a file, where {name} is to be unpacked", "move it, or use another --data_root")
     with lock_of(root):  # a second run waits for the first one's download
@@ -87,7 +92,8 @@ def download(url: str, archive: Path, timeout: float = 60) -> None:
     if archive.exists():
         return
     archive.parent.mkdir(parents=True, exist_ok=True)
-    remedy, most, tries = f"run again to go on, or put the file at {archive} by other means", 0, 0
+    check_proxy(url)
+    most, tries = 0, 0
     log.info("downloading %s", url)
     while tries < 6:
         try:
@@ -97,14 +103,16 @@ def download(url: str, archive: Path, timeout: float = 60) -> None:
             size = part.stat().st_size if part.exists() else 0
             most, tries = max(most, size), 1 if size > most else tries + 1
             if tries == 6 or not may_pass(problem):
-                stop(f"cannot download {url}: {problem or type(problem).__name__}", remedy)
+                remedy = remedy_for(problem, url)
+                stop(f"cannot download {url}: {problem or type(problem).__name__}", f"{remedy} {archive}")
             asked = str(getattr(problem, "headers", {}).get("Retry-After"))
             wait = min(int(asked) if asked.isdecimal() else 2 ** (tries - 1), 60)
             log.warning("warning: %s; trying again in %s s", problem or type(problem).__name__, wait)
             time.sleep(wait)
     if not is_archive(part):
+        kind = other_kind(part) or "no zip or tar archive"
         remove(part)
-        stop(f"{url} sends what is no zip or tar archive", f"put the file at {archive} by other means")
+        stop(f"{url} sends what is {kind}", f"put a zip or tar archive at {archive}")
     os.replace(part, archive)
     if url == KVASIR_URL and archive.stat().st_size != KVASIR_BYTES:
         log.warning("warning: Kvasir v2 had %s bytes, this has %s", KVASIR_BYTES, archive.stat().st_size)
@@ -121,13 +129,14 @@ def fetch_rest(url: str, part: Path, note: Path, timeout: float) -> None:
     if start and start == known["size"]:
         return
     try:
-        response = urllib.request.urlopen(ask_from(start, url, known), timeout=timeout)
+        request = ask_from(start, url, known)
+        response = urllib.request.urlopen(request, timeout=timeout, context=trusted())
     except urllib.error.HTTPError as problem:
         if problem.code == 416:  # no such range: the file has changed
             remove(part)
         raise
     with response:
-        if response.headers.get_content_type() == "text/html":
+        if response.headers.get_content_type() == "text/html" and response.peek(99).lstrip()[:1] == b"<":
             raise ValueError("the server sends a web page, not an archive")
         if response.status != 206:  # the whole file
             start = 0
@@ -155,4 +164,60 @@ def ask_from(start: int, url: str, known: dict[str, Any]) -> urllib.request.Requ
         headers["Range"] = f"bytes={start}-"
         if known["validator"]:
             headers["If-Range"] = known["validator"]
+    parts = urllib.parse.urlsplit(url)  # as a browser shows it: with spaces and umlauts
+    place, query = (urllib.parse.quote(text, safe=string.punctuation) for text in (parts.path, parts.query))
+    host = parts.netloc.encode("idna").decode()
+    url = urllib.parse.urlunsplit((parts.scheme, host, place, query, ""))
     return urllib.request.Request(url, headers=headers)
+
+
+def trusted() -> ssl.SSLContext:
+    """Return what certificates to trust: the system's or those of SSL_CERT_FILE, and of REQUESTS_CA_BUNDLE.
+
+    Raises SystemExit if these cannot be read.
+    """
+    context, more = ssl.create_default_context(), os.environ.get("REQUESTS_CA_BUNDLE")
+    if more:
+        try:
+            context.load_verify_locations(**{"capath" if os.path.isdir(more) else "cafile": more})
+        except OSError as problem:
+            stop(
+                f"cannot read REQUESTS_CA_BUNDLE, {more}: {problem}",
+                "correct or unset it",
+            )
+    return context
+
+
+def check_proxy(url: str) -> None:
+    """Raise SystemExit if the proxy for `url` cannot be used; its password is never shown."""
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.hostname):
+        return
+    try:
+        proxy = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        good = bool(proxy.hostname and proxy.scheme in ("http", "https") and (proxy.port or True))
+    except ValueError:  # its port is no number, as where a password holds a "/"
+        good = False
+    if not good:
+        remedy = "set it to http://HOST:PORT, with %XX for other characters in a password, or unset it"
+        stop(f"the proxy in {parts.scheme}_proxy is not one of HTTP", remedy)
+
+
+def remedy_for(problem: Exception, url: str) -> str:
+    """Return what to do about a download that failed; the path of the file is to follow."""
+    put = "put the file by other means at"
+    host = f".{urllib.parse.urlsplit(url).hostname}"
+    refused = re.search("Tunnel connection failed: ([0-9]+)", str(problem))  # by a proxy, for https
+    status = int(refused[1]) if refused else getattr(problem, "code", None)
+    if status == 407:
+        return f"give the proxy as http://NAME:PASSWORD@HOST:PORT in http_proxy and https_proxy, or {put}"
+    if host.endswith((".drive.google.com", ".docs.google.com")):
+        return "fetch it with gdown (pip install gdown) as"
+    if host.endswith(".kaggle.com"):
+        return "fetch it with kaggle (pip install kaggle), and put it at"
+    if isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError):
+        return f"give your network's certificates in SSL_CERT_FILE or REQUESTS_CA_BUNDLE, or {put}"
+    if status in (401, 403) or isinstance(problem, ValueError):
+        return "it may want a login: fetch it in a browser, and put it at"
+    return f"run again to go on, or {put}" if may_pass(problem) else f"check the URL, or {put}"

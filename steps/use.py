@@ -19,7 +19,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from .architectures import check_checkpoint, pixel_shape, processor_of
-from .archives import is_archive, unpack
+from .archive_formats import is_archive
+from .archives import unpack
 from .console import MAIN, first_line, log, progress, show, stop
 from .environment import same_value
 from .files import PREFIX, atomic, csv_options, probability_columns, read_json

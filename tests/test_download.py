@@ -1,12 +1,15 @@
 """Step 2: images come by path or from a server on this machine; what is there is not fetched twice."""
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
+import ssl
+import subprocess
 import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,12 +29,15 @@ def server(archive):
     """
     with open(archive, "rb") as file:
         body = file.read()
-    state = SimpleNamespace(body=body, tag='"v1"', faults=[], requests=[], sent=0, release=threading.Event())
+    state = SimpleNamespace(
+        body=body, tag='"v1"', faults=[], requests=[], paths=[], sent=0, release=threading.Event()
+    )
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             fault = state.faults.pop(0) if state.faults else ""
             state.requests.append(dict(self.headers))
+            state.paths.append(self.path)
             body, start, size = state.body, 0, len(state.body)
             if isinstance(fault, int):
                 self.send_response(fault)
@@ -54,11 +60,11 @@ def server(archive):
                 self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
             else:
                 self.send_response(200)
-            html = fault == "html"
+            html = str(fault).endswith("html")
             self.send_header("Content-Type", "text/html; charset=utf-8" if html else "application/zip")
             if state.tag:
                 self.send_header("ETag", state.tag)
-            body = b"<html>Please sign in</html>" if html else body[start:]
+            body = b"<html>Please sign in</html>" if fault == "html" else body[start:]
             if fault != "no length":
                 self.send_header(
                     "Content-Length",
@@ -72,6 +78,8 @@ def server(archive):
                 self.wfile.flush()
                 state.release.wait(20)
             self.close_connection = True
+
+        do_CONNECT = do_GET
 
         def log_message(self, *args):
             pass
@@ -193,7 +201,7 @@ def test_what_does_not_pass_is_one_line(tmp_path, server, waits, faults, message
         locate_images(Settings(data_url=server.url, data_root=str(tmp_path / "data")))
     line = str(stopped.value)
     assert server.url in line and message in line and "\n" not in line
-    assert f"put the file at {tmp_path / 'data' / 'endoscopy.zip'}" in line
+    assert f" at {tmp_path / 'data' / 'endoscopy.zip'}" in line
     assert len(server.requests) == requests and left_over(tmp_path / "data") == []
 
 
@@ -260,9 +268,125 @@ def test_another_archive_of_the_same_name_is_not_mixed_up(tmp_path, archive, mak
     locate_images(Settings(data_url=archive, data_root=str(tmp_path / "data")))
 
 
-def test_name_without_an_ending_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match="not named like an archive"):
-        locate_images(Settings(data_url="http://127.0.0.1:9/download", data_root=str(tmp_path)))
+ADDRESSES = {  # what follows the server: what is asked for, the folder
+    "/download?id=7": ("/download?id=7", "download"),
+    "/set-v2.0": ("/set-v2.0", "set-v2.0"),
+    "/görsel ler.zip?x=ş": ("/g%C3%B6rsel%20ler.zip?x=%C5%9F", "görsel ler"),
+    "/g%C3%B6rsel.zip": ("/g%C3%B6rsel.zip", "görsel"),
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_url_may_be_as_a_browser_shows_it(tmp_path, server, address):
+    asked, stem = ADDRESSES[address]
+    url = server.url.replace("http://", "HTTP://").removesuffix("/some/endoscopy.zip") + address
+    for _ in range(2):
+        folder = locate_images(Settings(data_url=url, data_root=str(tmp_path / "data")))
+        assert folder == tmp_path / "data" / stem / "endoscopy" and len(list(folder.glob("*/*.jpg"))) == 36
+    assert server.paths == [asked]
+
+
+def test_a_local_archive_needs_no_ending_and_may_be_a_file_url(tmp_path, archive):
+    local = tmp_path / "my göz set"
+    shutil.copy(archive, local)
+    for number, name in enumerate([str(local), local.as_uri(), f"file://{local}"]):
+        folder = locate_images(Settings(data_url=name, data_root=str(tmp_path / f"data{number}")))
+        assert folder == tmp_path / f"data{number}" / "my göz set" / "endoscopy"
+
+
+def test_an_archive_that_says_it_is_a_page_is_taken(tmp_path, server):
+    server.faults = ["archive as html"]
+    assert fetch(server, tmp_path)[0] == server.body
+
+
+REFUSED = {  # url, what the server or the proxy answers: message, remedy
+    "login": (None, 401, "HTTP Error 401", "it may want a login: fetch it in a browser"),
+    "page": (None, "html", "a web page", "it may want a login: fetch it in a browser"),
+    "nowhere": (None, 404, "HTTP Error 404", "check the URL, or put the file by other means at"),
+    "drive": (
+        "http://drive.google.com/file/d/1/view",
+        "html",
+        "a web page",
+        "with gdown (pip install gdown)",
+    ),
+    "kaggle": ("http://www.kaggle.com/datasets/a/b", 404, "404", "with kaggle (pip install kaggle)"),
+    "proxy": ("http://host.invalid/a.zip", 407, "HTTP Error 407", "give the proxy as http://NAME:PASSWORD@"),
+    "tunnel": (
+        "https://host.invalid/a.zip",
+        407,
+        "Tunnel connection failed: 407",
+        "give the proxy as http://",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_running_again_cannot_help_is_said_so(tmp_path, server, waits, monkeypatch, caplog, case):
+    url, fault, message, remedy = REFUSED[case]
+    server.faults = [fault]
+    if url:  # nothing outside is asked: the server plays the proxy
+        monkeypatch.setenv(f"{url.split(':')[0]}_proxy", server.url.replace("//", "//me:hidden%2Fword@"))
+    with pytest.raises(SystemExit) as stopped:
+        locate_images(Settings(data_url=url or server.url, data_root=str(tmp_path / "data")))
+    line = str(stopped.value)
+    assert message in line and remedy in line and "run again" not in line and "\n" not in line
+    assert waits == [] and len(server.requests) == 1 and "hidden" not in line + caplog.text
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://me:hidden/word@host:80", "socks5://me:hidden@host:80", "http://me:hidden@host:x"]
+)
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(tmp_path, monkeypatch, caplog, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(SystemExit, match="the proxy in http_proxy is not one of HTTP; set it to") as stopped:
+        locate_images(Settings(data_url="http://host.invalid/a.zip", data_root=str(tmp_path)))
+    assert "hidden" not in str(stopped.value) + caplog.text
+
+
+def test_no_proxy_is_asked_for_this_machine(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "socks5://host.invalid:1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert fetch(server, tmp_path)[0] == server.body
+
+
+CERTIFICATES = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+@pytest.mark.parametrize("variable", [None, *CERTIFICATES])
+def test_certificates_are_those_of_the_system_and_of_the_network(
+    tmp_path, archive, waits, monkeypatch, variable
+):
+    for name in CERTIFICATES:
+        monkeypatch.delenv(name, raising=False)
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x"
+    command = f"{command} -addext subjectAltName=DNS:localhost -keyout {key} -out {certificate}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=Path(archive).parent)
+    with ThreadingHTTPServer(("localhost", 0), handler) as http:
+        http.socket = context.wrap_socket(http.socket, server_side=True)
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        url = f"https://localhost:{http.server_port}/{Path(archive).name}"
+        try:
+            if variable:
+                monkeypatch.setenv(variable, str(certificate))
+                download(url, tmp_path / "down.zip")
+                assert (tmp_path / "down.zip").read_bytes() == Path(archive).read_bytes()
+            else:
+                with pytest.raises(SystemExit, match="CERTIFICATE.*; give your network's certificates in"):
+                    download(url, tmp_path / "down.zip")
+                assert waits == []
+        finally:
+            http.shutdown()
+
+
+def test_certificates_that_are_not_there_are_one_line(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    with pytest.raises(SystemExit, match="cannot read REQUESTS_CA_BUNDLE, .*; correct or unset it"):
+        fetch(server, tmp_path)
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path, archive, make_images):

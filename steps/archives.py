@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .console import LASTING, PASSING, file_error, log, progress, stop
-from .files import atomic, need_space, write_json
+from .files import atomic, need_access, need_space, write_json
 
 MOST_FILES = 200_000  # more are no archive of images
-HIDDEN = (".", "__")  # what names such as .ipynb_checkpoints and __MACOSX begin with
+HIDDEN = (".", "__MACOSX", "__pycache__")  # what names such as .ipynb_checkpoints begin with
 
 
 def is_archive(path: Path) -> bool:
@@ -92,5 +92,6 @@ def class_root(folder: Path) -> Path:
 
 
 def visible(folder: Path) -> list[Path]:
-    """Return what lies in `folder`, without hidden entries."""
+    """Return what lies in `folder`, without hidden entries. Raises SystemExit where it may not be read."""
+    need_access(folder)
     return [entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN)]

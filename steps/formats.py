@@ -157,7 +157,8 @@ def apply_window(frame: np.ndarray, dataset: Any) -> tuple[np.ndarray, float, fl
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
     if dataset.get("VOILUTSequence"):
-        white = 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
+        size = dataset.VOILUTSequence[0].LUTDescriptor
+        white, size[2] = 2 ** size[2] - 1, 16  # with 8 bits, pydicom cuts what it looks up to 8 bits, too
         return apply_voi(apply_modality_lut(frame, dataset), dataset), 0, white
     if dataset.get("WindowWidth"):
         with np.errstate(over="ignore"):  # it may be a sigmoid: far below and above it are black and white

@@ -278,16 +278,10 @@ def test_a_file_that_is_named_never_disappears(colour_model, tmp_path, make_imag
         (tmp_path / name).write_bytes(content)
     with find_inputs([str(tmp_path / name) for name in (*files, "plain.zip")]) as inputs:
         (table,) = classify(inputs, *colour_model)
-    errors = {
-        os.path.basename(name): error for name, error in zip(table["file"], table["error"], strict=True)
-    }
+    errors = dict(zip(map(os.path.basename, table["file"]), table["error"], strict=True))
     assert errors.keys() == files.keys() and f"no images in {tmp_path}/plain.zip" in caplog.text
-    assert {name for name, error in errors.items() if not error} == {
-        "good.jpg",
-        "both.jpg",
-        "both.zip",
-        "noext",
-    }
+    readable = {name for name, error in errors.items() if not error}
+    assert readable == {"good.jpg", "both.jpg", "both.zip", "noext"}
     assert "pip install pillow-heif" in errors["IMG_1.HEIC"] and errors["IMG_2.jpg"] == errors["IMG_1.HEIC"]
     assert "pip install pydicom" in errors["scan.dcm"] and ".cr2 files" in errors["x.cr2"]
 

@@ -129,9 +129,10 @@ def open_dicom(file: IO[bytes], name: str | bytes) -> PIL.Image.Image:
 
 
 def render_dicom(file: IO[bytes]) -> np.ndarray:
-    """Return the first frame: uint8 (height, width) or (height, width, 3); uint16 if it says no window.
+    """Return the first frame: uint8 (height, width) or (height, width, 3), else uint16 (height, width).
 
     Grey values go through the file's own look-up table or window; MONOCHROME1, where 0 is white, is inverted.
+    What has more than 8 bits and no window stays uint16, and is left out for that; of colours, red alone.
     """
     import pydicom
     from pydicom.pixels import apply_color_lut, pixel_array
@@ -142,9 +143,7 @@ def render_dicom(file: IO[bytes]) -> np.ndarray:
         frame = apply_color_lut(frame, dataset)
         return (frame >> 8 * (frame.itemsize - 1)).astype(np.uint8)  # a palette spreads over all its bits
     if not kind.startswith("MONOCHROME"):
-        if bits > 8:
-            raise ValueError(DEEP)
-        return frame.astype(np.uint8)
+        return frame.astype(np.uint8) if bits <= 8 else frame[..., 0].astype(np.uint16)
     if not (dataset.get("VOILUTSequence") or dataset.get("WindowWidth")) and bits > 8:
         return frame.astype(np.uint16)
     grey, black, white = apply_window(frame, dataset)

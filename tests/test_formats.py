@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import draw, load_images
+from datasets import Dataset
 from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.image_utils import load_image
@@ -17,7 +18,7 @@ from transformers.image_utils import load_image
 from steps.formats import DEEP, LOCKED, judge, readable_endings, register, sample_bits
 from steps.load import find_images, list_images
 from steps.options import Settings
-from steps.preprocess import decode_file, is_huffman, read_rgb, resize
+from steps.preprocess import cache_key, decode_file, is_huffman, read_rgb, resize
 
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
 
@@ -134,6 +135,15 @@ def test_a_file_without_permission_is_named_and_left_out(locked, name):
     table, left_out = find_images(folder, Settings())
     errors = {file: decode_file(folder / file, PROCESSOR)["error"] for file in table["file"]}
     assert left_out | {file: error for file, error in errors.items() if error} == {name: LOCKED}
+
+
+def test_a_permission_that_is_given_later_makes_the_pixels_anew(locked):
+    folder = locked("a/1.jpg")
+    images = Dataset.from_dict({"file": ["a/0.jpg", "a/1.jpg"]})
+    before = cache_key(images, folder, PROCESSOR)
+    os.setresuid(-1, os.getresuid()[2], -1)
+    (folder / "a" / "1.jpg").chmod(0o644)
+    assert cache_key(images, folder, PROCESSOR) != before
 
 
 @pytest.mark.parametrize("mode", [0, 0o444, 0o111])
@@ -279,10 +289,12 @@ def test_dicom_through_its_own_table(tmp_path):
 
 def test_dicom_without_a_window_or_pixels_is_left_out(tmp_path):
     dicom(tmp_path / "deep.dcm", RAMP, BitsStored=12)
+    dicom(tmp_path / "colour.dcm", TWELVE, BitsStored=12)
     dicom(tmp_path / "empty.dcm", RAMP, BitsStored=12, WindowCenter=9, WindowWidth=9)
     content = (tmp_path / "empty.dcm").read_bytes()
     (tmp_path / "empty.dcm").write_bytes(content[: len(content) - RAMP.nbytes])
-    assert decode_file(tmp_path / "deep.dcm", PROCESSOR)["error"] == DEEP
+    for name in ("deep.dcm", "colour.dcm"):
+        assert decode_file(tmp_path / name, PROCESSOR)["error"] == DEEP
     assert decode_file(tmp_path / "empty.dcm", PROCESSOR)["error"].startswith("ValueError: ")
 
 

@@ -90,8 +90,8 @@ def find_inputs(paths: list[str]) -> Iterator[dict[str, Path]]:
                 folder = Path(temporary, str(number), path.stem)
                 unpack(path, folder, {})
             files, more = list_images(folder)
-            like_images = [file for file in more if os.path.isfile(file) and judge(file, endings) is not None]
-            files = sorted(files + like_images)
+            like_images = {file for file in more if os.path.isfile(file) and judge(file, endings) is not None}
+            files = sorted({*files} | like_images)
             if not files:
                 log.warning("no images in %s", path)
             found |= {printable(path / os.path.relpath(file, folder)): Path(file) for file in files}

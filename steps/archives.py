@@ -13,13 +13,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .console import LASTING, PASSING, file_error, log, progress, stop
-from .files import atomic, need_space, write_json
 from .archive_formats import Tar, open_archive, spell_names
+from .files import atomic, need_access, need_space, write_json
 
 BLOCK = 4096  # bytes that even an empty file takes on the disk
 SMALL = 1 << 30  # bytes that any archive may unpack to
 NAME_ERRORS = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}  # this disk takes no such name
-HIDDEN = (".", "__")  # what names such as .ipynb_checkpoints and __MACOSX begin with
+HIDDEN = (".", "__MACOSX", "__pycache__")  # what names such as .ipynb_checkpoints begin with
 
 
 def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
@@ -120,5 +120,6 @@ def class_root(folder: Path) -> Path:
 
 
 def visible(folder: Path) -> list[Path]:
-    """Return what lies in `folder`, without hidden entries."""
+    """Return what lies in `folder`, without hidden entries. Raises SystemExit where it may not be read."""
+    need_access(folder)
     return [entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN)]

@@ -47,6 +47,17 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def may_read(path: str | Path, how: int = os.R_OK) -> bool:
+    """Say whether a file may be read, or used as the flags `how` of `os.access` say."""
+    return os.access(path, how, effective_ids=os.access in os.supports_effective_ids)
+
+
+def need_access(folder: str | Path) -> None:
+    """Raise SystemExit if a folder may not be read."""
+    if not may_read(folder, os.R_OK | os.X_OK):
+        stop(f"no permission to read the folder {folder}", "ask its owner, or try chmod -R u+rX on it")
+
+
 def need_space(folder: Path, size: int) -> None:
     """Raise SystemExit unless the disk of `folder` has `size` bytes to spare."""
     free = shutil.disk_usage(folder).free

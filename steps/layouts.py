@@ -200,8 +200,11 @@ def choose_level(paths: dict[str, list[str]], files: list[str], folder: Path) ->
     return "none"
 
 
-def refuse_empty(files: list[str], folder: Path, inside: Iterable[str] = ("",)) -> None:
-    """Raise SystemExit if a class folder, in `folder` or in the folders `inside` it, holds no image."""
+def refuse_empty(files: list[str], folder: Path, inside: Iterable[str], left_out: dict[str, str]) -> None:
+    """Raise SystemExit if a class folder, in `folder` or in the folders `inside` it, holds no image.
+
+    `left_out`, {file: why}, says what such a folder does hold.
+    """
     for name in inside:
         start = f"{name}/" if name else ""
         filled = {file.removeprefix(start).split("/")[0] for file in files if file.startswith(start)}
@@ -210,4 +213,7 @@ def refuse_empty(files: list[str], folder: Path, inside: Iterable[str] = ("",)) 
             only = folder / name / min(filled) if len(filled) == 1 else None
             deeper = only and any(entry.is_dir() for entry in visible(only))
             remedy = f"give --data_dir {only}" if deeper else "fill or delete these folders"
+            places = tuple(f"{start}{name}/" for name in empty)
+            if reasons := {reason for file, reason in left_out.items() if file.startswith(places)}:
+                remedy = f"they hold {', '.join(sorted(reasons)[:3])}"
             stop(f"no images in {', '.join(sorted(empty))}", remedy)

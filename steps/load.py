@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 import datasets
 import pandas as pd
-import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .archives import HIDDEN
 from .console import log, stop
-from .files import composed, read_json, sha256_of, write_json
+from .files import composed, need_access, read_json, sha256_of, write_json
+from .formats import judge, readable_endings
 from .layouts import read_around, read_folders, read_splits, refuse_empty
 from .options import KVASIR_URL, Settings
 from .rows import join_rows, read_rows
@@ -32,52 +32,43 @@ KVASIR = {  # its terms and citation are in templates/model_card.md
     normal-z-line polyps ulcerative-colitis""".split(),
     "images_per_class": 1000,
 }
-ARCHIVES = ".zip .tar .tgz .gz .bz2 .xz .rar .7z".split()
-# Endings of images that this Pillow may not read: named when they are left out.
-OTHER_IMAGES = """.avif .heic .heif .jxl .mpo .qoi .svg .dcm .dicom .nii .mha .mhd .nrrd .czi .svs .ndpi
-.mrxs .vsi .raw .dng .cr2 .cr3 .nef .arw .orf .rw2""".split()
-
-
-def readable_kinds() -> set[str]:
-    """Return the file endings that Pillow reads, and let `datasets` take them all.
-
-    Its own list is older than the Pillow that is installed, and it has no option for another one.
-    """
-    PIL.Image.init()
-    endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-    kinds = (endings - {".h5", ".hdf"}) | {".mpo"} | set(ImageFolder.EXTENSIONS)
-    ImageFolder.EXTENSIONS = sorted(kinds)
-    return kinds
+ARCHIVES = tuple(".zip .tar .tgz .tbz2 .txz .gz .bz2 .xz .zst .rar .7z".split())
 
 
 def fail(problem: OSError) -> NoReturn:
     """Raise: `os.walk` passes over folders that cannot be read."""
-    raise problem
+    if not isinstance(problem, PermissionError):
+        raise problem
+    need_access(problem.filename)
 
 
 def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the paths of all image files below `folder`, and {path: reason} of what is left out."""
-    taken, left_out, kinds = [], {}, tuple(readable_kinds())
+    """Return the paths of all image files below `folder`, and {path: reason} of what is left out.
+
+    Raises SystemExit where a folder may not be read.
+    """
+    taken, left_out, endings = [], {}, readable_endings()
     seen = {os.path.realpath(folder)}  # links may lead in circles
     for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        need_access(root)
         found = [name for name in sorted(folders, reverse=True) if not name.startswith(HIDDEN)]
         inside = {os.path.realpath(os.path.join(root, name)): name for name in found}
         folders[:] = [name for path, name in inside.items() if path not in seen]
         seen.update(inside)
         for name in names:
-            path, ending = os.path.join(root, name), os.path.splitext(name)[1].lower()
             if name.startswith(HIDDEN):
                 continue
-            if not name.lower().endswith(kinds):
-                if ending in OTHER_IMAGES:
-                    left_out[path] = f"{ending} files, which Pillow does not read here"
-                elif ending in ARCHIVES:
-                    left_out[path] = "archives: give one as --data_url"
-            elif not os.path.isfile(path):
-                left_out[path] = "dead links or not files"
-            elif re.search("::|://|[\ud800-\udfff]", path):  # taken for a URL, or not UTF-8
-                left_out[path] = "with a name that `datasets` cannot take"
-            else:
+            path = os.path.join(root, name)
+            reason = judge(path, endings)
+            if reason is None and name.lower().endswith(ARCHIVES):
+                reason = "archives: give one as --data_url, or unpack them"
+            if reason == "" and not os.path.isfile(path):
+                reason = "dead links or not files"
+            elif reason == "" and re.search("::|://|[\ud800-\udfff]", path):  # taken for a URL, or not UTF-8
+                reason = "with a name that `datasets` cannot take"
+            if reason:
+                left_out[path] = reason
+            elif reason is not None:
                 taken.append(path)
     return taken, left_out
 
@@ -101,7 +92,7 @@ def find_images(folder: Path, settings: Settings) -> tuple[pd.DataFrame, dict[st
     if rows is not None and "label" in rows:
         table = read_around(named, settings.group_by, set(rows["label"]))
     else:
-        refuse_empty(files, folder, read_splits(files) or [""])
+        refuse_empty(files, folder, read_splits(files) or [""], left_out)
         table = read_folders(named, folder, settings.group_by) if named else pd.DataFrame({"file": []})
     if rows is not None:
         table = join_rows(table, rows, left_out)
@@ -135,8 +126,10 @@ def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, list[str]]:
     """Return the files of a table as `data_files` of `load_dataset`.
 
     All are one split: otherwise a folder that is called test would become a split of its own, and a metadata
-    file could name files anywhere on the disk.
+    file could name files anywhere on the disk. All endings are taken for images: without that, `datasets`
+    passes over those that are not in its own list, which is shorter than Pillow's.
     """
+    ImageFolder.EXTENSIONS = sorted({os.path.splitext(file)[1].lower() for file in table["file"]})
     datasets.disable_progress_bars()  # they would call it a download
     return {"train": [glob.escape(str(folder / file)) for file in table["file"]]}
 

@@ -29,14 +29,20 @@ from transformers import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import load_image
 
+from . import formats
 from .architectures import pixel_shape
 from .console import bars_wanted, log, retry, show_images, stop
-from .files import need_space, read_table, remove, write_json, write_table
+from .files import may_read, need_space, read_table, remove, write_json, write_table
+from .formats import DEEP, LOCKED, judge, judge_content, readable_endings, sample_bits
 from .load import summary
 from .rows import REPEATED, WITHOUT_IMAGE
 
 # Their processors do no more than resize, crop at the centre, rescale and normalise.
 PLAIN = [f"{name}ImageProcessor" for name in ("Beit", "Bit", "DeiT", "Siglip", "ViT")]
+
+# Packages that decode or resize; the last ones help pydicom.
+DECODERS = """pillow simplejpeg torch transformers pillow-heif pydicom pylibjpeg pylibjpeg-libjpeg
+pylibjpeg-openjpeg pylibjpeg-rle python-gdcm pyjpegls""".split()
 
 
 def prepare_pixels(images: Dataset, folder: Path, processor: BaseImageProcessor, cache: Path) -> Dataset:
@@ -75,9 +81,12 @@ def cache_key(images: Dataset, folder: Path, processor: BaseImageProcessor) -> s
     """Return 16 hex digits of all that decides the pixels: files, labels, processor, code, versions."""
     stats = [(folder / file).stat() for file in images["file"]]
     sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
-    code = [inspect.getsource(step) for step in (decode_file, read_rgb, resize)]
-    code += [importlib.metadata.version(name) for name in ("pillow", "simplejpeg", "torch", "transformers")]
-    state = str(folder), sizes, images.to_dict(), processor.to_json_string(), code
+    locked = [file for file in images["file"] if not may_read(folder / file)]
+    code = [inspect.getsource(step) for step in (decode_file, read_rgb, is_huffman, resize, formats)]
+    for name in DECODERS:
+        with suppress(importlib.metadata.PackageNotFoundError):  # some are optional
+            code.append(f"{name} {importlib.metadata.version(name)}")
+    state = str(folder), sizes, locked, images.to_dict(), processor.to_json_string(), code
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
 
@@ -107,17 +116,23 @@ def decode_file(path: Path, processor: BaseImageProcessor) -> dict[str, str | by
 
     Raises OSError only where the disk fails: that says nothing about the image, so no cache must keep it.
     """
-    content = io.BytesIO(retry(path.read_bytes))
+    failed = {"mode": "", "pixel_values": None}
+    if reason := judge(str(path), readable_endings()):
+        return failed | {"error": reason}
+    try:
+        content = io.BytesIO(retry(path.read_bytes))
+    except PermissionError:
+        return failed | {"error": LOCKED}
     try:
         with PIL.Image.open(content) as image:
-            if image.mode[0] in "IF":  # I, I;16 and F
-                error = "more than 8 bits per channel: convert them, `pipeline` would cut them off at 255"
-                return {"mode": "", "error": error, "pixel_values": None}
+            if sample_bits(image, content.getvalue()) > 8:
+                return failed | {"error": DEEP}
             pixels = resize(read_rgb(image, content), processor)
             return {"mode": image.mode, "error": "", "pixel_values": pixels.numpy().tobytes()}
     except Exception as problem:  # on damaged files a decoder may raise anything
         text = re.sub(" <_io.*>", "", str(problem))  # an address in memory says nothing
-        return {"mode": "", "error": f"{type(problem).__name__}: {text}", "pixel_values": None}
+        known = judge_content(content.getvalue()[:1024], "", str(path))  # HEIC that is called .jpg, perhaps
+        return failed | {"error": known or f"{type(problem).__name__}: {text}"}
 
 
 def read_rgb(image: PIL.Image.Image, content: io.BytesIO) -> np.ndarray:
@@ -126,10 +141,22 @@ def read_rgb(image: PIL.Image.Image, content: io.BytesIO) -> np.ndarray:
     Plain JPEGs take a shorter road to the same pixels. If it fails, Pillow decides whether they are damaged.
     """
     upright = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
-    if image.format == "JPEG" and image.mode == "RGB" and upright:
+    if image.format == "JPEG" and image.mode == "RGB" and upright and is_huffman(content.getvalue()):
         with suppress(ValueError):
             return simplejpeg.decode_jpeg(content.getbuffer())
     return np.array(load_image(image))
+
+
+def is_huffman(jpeg: bytes) -> bool:
+    """Say whether a JPEG is baseline or progressive, in Huffman's code, as nearly all are.
+
+    Whether others can be read (arithmetic code, lossless) differs from one build of the decoder to the next.
+    """
+    place, frames = 2, {0xC0 + kind for kind in range(16)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
+    while place < len(jpeg) - 4 and jpeg[place] == 0xFF and jpeg[place + 1] not in frames:
+        filling = jpeg[place + 1] == 0xFF
+        place += 1 if filling else 2 + int.from_bytes(jpeg[place + 2 : place + 4])
+    return jpeg[place : place + 2] in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")
 
 
 def resize(rgb: np.ndarray, processor: BaseImageProcessor) -> torch.Tensor:

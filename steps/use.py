@@ -24,6 +24,7 @@ from .archives import unpack
 from .console import MAIN, first_line, log, progress, show, stop
 from .environment import same_value
 from .files import PREFIX, atomic, csv_options, probability_columns, read_json
+from .formats import judge, readable_endings
 from .load import list_images, summary
 from .model import normalise_on_device
 from .options import VIT_BASE, Settings
@@ -89,23 +90,35 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
 
 @contextmanager
 def find_inputs(paths: list[str]) -> Iterator[dict[str, Path]]:
-    """Yield {name to show: file} of all images in `paths`. Archives are unpacked until the block ends."""
-    found, left_out = {}, []
+    """Yield {name to show: file} of all images in `paths`. Archives are unpacked until the block ends.
+
+    That holds every file of `paths` that is no archive, and images that cannot be read: `classify` says why.
+    """
+    found, left_out, endings = {}, [], readable_endings()
     with tempfile.TemporaryDirectory() as temporary:
         for number, path in enumerate(map(Path, paths)):
             folder = path
-            if path.is_file() and is_archive(path):
+            if path.is_file() and (judge(str(path), endings) is not None or not is_archive(path)):
+                found[printable(path)] = path
+                continue
+            if path.is_file():
                 folder = Path(temporary, str(number), path.stem)
                 unpack(path, folder, {})
-            elif path.is_file():
-                found[str(path)] = path
-                continue
             files, more = list_images(folder)
-            found |= {str(path / os.path.relpath(file, folder)): Path(file) for file in sorted(files)}
-            left_out += more.values()
+            like_images = {file for file in more if os.path.isfile(file) and judge(file, endings) is not None}
+            files = sorted({*files} | like_images)
+            if not files:
+                log.warning("no images in %s", path)
+            found |= {printable(path / os.path.relpath(file, folder)): Path(file) for file in files}
+            left_out += [reason for file, reason in more.items() if file not in like_images]
         if left_out:
             log.warning("%s files left out: %s", len(left_out), summary(left_out))
         yield found
+
+
+def printable(path: Path) -> str:
+    """Return a path as text that can be written in UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def decode_ahead(files: list[Path], processor: BaseImageProcessor, size: int) -> Iterator[list[dict]]:
@@ -133,7 +146,7 @@ def classify(
     collate = Collator(pixel_shape(processor))
     half = torch.bfloat16 if training.bf16 else torch.float16
     autocast = torch.autocast(training.device.type, half, enabled=training.bf16 or training.fp16)
-    bar, start = progress(total=len(names), desc="predict"), 0
+    bar, start, failed = progress(total=len(names), desc="predict"), 0, []
     for rows in decode_ahead(list(inputs.values()), processor, training.eval_batch_size):
         errors = np.array([row["error"] for row in rows], dtype=object)
         table = pd.DataFrame({"file": names[start : start + len(rows)], "prediction": ""})
@@ -147,11 +160,15 @@ def classify(
             table.loc[readable, probability_columns(classes)] = probabilities
             table.loc[readable, "prediction"] = np.array(classes, dtype=object)[probabilities.argmax(1)]
         for row in np.flatnonzero(errors != ""):
-            log.warning("unreadable: %r (%s)", table["file"][row], errors[row])
+            failed.append(errors[row])
+            if len(failed) <= 20:
+                log.warning("unreadable: %r (%s)", table["file"][row], errors[row])
         start += len(rows)
         bar.update(len(rows))
         yield table
     bar.close()
+    if len(failed) > 20:
+        log.warning("%s of %s files are unreadable: %s", len(failed), len(names), summary(failed))
 
 
 def show_predictions(table: pd.DataFrame) -> None:

@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as cores in each work
 import filelock
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import torch
 import transformers
@@ -34,6 +35,7 @@ from steps.architectures import pixel_shape
 from steps.download import fetch_images
 from steps.duplicates import Scenes
 from steps.files import probability_columns
+from steps.formats import register
 from steps.load import load_folder
 from steps.options import Settings
 from steps.preprocess import keep_readable, prepare_pixels
@@ -109,6 +111,15 @@ def make_images(tmp_path):
     return lambda name="images", count=12, classes=tuple(COLOURS): draw_images(
         tmp_path / name, count, classes
     )
+
+
+@pytest.fixture
+def bare_pillow(monkeypatch):
+    """Pillow as it is where neither pydicom nor pillow-heif is installed."""
+    register()  # or it would come back
+    for kind in ("DICOM", "HEIF"):
+        monkeypatch.delitem(PIL.Image.OPEN, kind, raising=False)
+    monkeypatch.setattr(PIL.Image, "ID", [kind for kind in PIL.Image.ID if kind in PIL.Image.OPEN])
 
 
 class Training:

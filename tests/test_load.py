@@ -67,6 +67,7 @@ def damage_one_class(folder):
 
 def damage_no_images(folder):
     for path in folder.glob("*/*.jpg"):
+        path.write_text("no image")
         path.rename(path.with_suffix(".txt"))
 
 
@@ -232,15 +233,19 @@ def test_other_images_before_training_make_the_split_anew(tmp_path, make_images,
 
 
 @pytest.mark.parametrize("ending", [".dcm", ".heic", ".nii", ".svs", ".CR2"])
-def test_a_folder_of_other_kinds_of_images_says_which(tmp_path, make_images, ending):
+def test_a_folder_of_other_kinds_of_images_says_which(tmp_path, make_images, bare_pillow, ending):
     folder = make_images(count=2)
     for path in folder.glob("*/*.jpg"):
+        path.write_bytes(b"x")
         path.rename(path.with_suffix(ending))
     (folder / "red" / "notes.txt").write_text("no image")
     with pytest.raises(SystemExit, match="^error: no images in .*images; .+; give a folder that") as stopped:
         find_images(folder, Settings())
     line = str(stopped.value)
-    assert f"{ending.lower()} files, which Pillow does not read here" in line and "txt" not in line
+    named = {".dcm": "DICOM files, which are read after `pip install pydicom`"}
+    named |= {".heic": "HEIC files, which are read after `pip install pillow-heif`"}
+    says = named.get(ending, f"{ending.lower()} files, which Pillow does not read here")
+    assert says in line and "txt" not in line
     assert re.search(r"\b6\b", line.split(";")[1]) and "\n" not in line  # how many
 
 

@@ -280,16 +280,45 @@ def test_inputs_keep_their_order_and_hidden_files_stay_out(tmp_path, make_images
     ]
 
 
-@pytest.mark.parametrize("more", ["scan.nii", "notes.txt"])
-def test_what_no_image_library_reads_is_counted(tmp_path, make_images, caplog, more):
+@pytest.mark.parametrize("more", ["scan.nii", "notes.txt", "deep.zip"])
+def test_images_that_cannot_be_read_are_rows_and_say_why(
+    colour_model, tmp_path, make_images, caplog, bare_pillow, more
+):
     folder = make_images(count=1)
+    (folder / "hash::tag.jpg").write_bytes((folder / "red" / "000.jpg").read_bytes())
     for name in ("a.dcm", "b.DCM", more):
         (folder / name).write_bytes(b"x")
     with caplog.at_level("INFO", logger="finetune_vit"), find_inputs([str(folder)]) as inputs:
-        assert sorted(map(str, inputs.values())) == sorted(map(str, folder.rglob("*.jpg")))
-    (line,) = caplog.messages
-    assert ".dcm files, which Pillow does not read" in line and re.search(r"\b2\b", line)
-    assert (".nii files" in line) is (more == "scan.nii") and ".txt" not in line
+        (table,) = classify(inputs, *colour_model)
+    table = table.set_index("file")["error"].rename(index=lambda name: os.path.relpath(name, folder))
+    dicom = "DICOM files, which are read after `pip install pydicom`"
+    named = {"a.dcm": dicom, "b.DCM": dicom}
+    named |= {"scan.nii": ".nii files, which Pillow does not read here"} if more == "scan.nii" else {}
+    readable = {"hash::tag.jpg", *(f"{label}/000.jpg" for label in COLOURS)}
+    assert table.to_dict() == named | dict.fromkeys(readable, "")
+    assert ("1 files left out: archives" in caplog.text) is (more == "deep.zip") and ".txt" not in caplog.text
+
+
+def test_a_file_that_is_named_never_disappears(colour_model, tmp_path, make_images, caplog, bare_pillow):
+    """A damaged disk, a JPEG with a zip behind it, a phone's photo, no ending, an archive without images."""
+    jpeg = (make_images(count=1) / "red" / "000.jpg").read_bytes()
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w") as archive:
+        archive.writestr("note.txt", "x")
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
+    files = {"good.jpg": jpeg, "both.jpg": jpeg + (tmp_path / "plain.zip").read_bytes(), "noext": jpeg}
+    files |= {f"zeros{size}.jpg": bytes(size) for size in (0, 100, 1024, 20480)}
+    files |= {"both.zip": files["both.jpg"], "IMG_1.HEIC": heic, "IMG_2.jpg": heic, "notes.txt": b"text"}
+    files |= {"scan.dcm": bytes(128) + b"DICM" + bytes(500), "x.cr2": b"II*\0" + bytes(50)}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with find_inputs([str(tmp_path / name) for name in (*files, "plain.zip")]) as inputs:
+        (table,) = classify(inputs, *colour_model)
+    errors = dict(zip(map(os.path.basename, table["file"]), table["error"], strict=True))
+    assert errors.keys() == files.keys() and f"no images in {tmp_path}/plain.zip" in caplog.text
+    readable = {name for name, error in errors.items() if not error}
+    assert readable == {"good.jpg", "both.jpg", "both.zip", "noext"}
+    assert "pip install pillow-heif" in errors["IMG_1.HEIC"] and errors["IMG_2.jpg"] == errors["IMG_1.HEIC"]
+    assert "pip install pydicom" in errors["scan.dcm"] and ".cr2 files" in errors["x.cr2"]
 
 
 def test_the_next_commands_name_the_folder_where_it_is_not_the_usual_one(caplog):

@@ -177,9 +177,8 @@ def resize(rgb: np.ndarray, processor: BaseImageProcessor) -> torch.Tensor:
     shrinks = all(part <= new <= old for part, new, old in zip(crop, size, rgb.shape[:2], strict=True))
     plain = numbers["image_processor_type"].removesuffix("Fast") in PLAIN
     if not mode or not shrinks or not plain:
-        # transformers 5.0 to 5.3 take a height of 1 or 3 for the channels unless they are told
-        kept = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
-        return processor(rgb, return_tensors="pt", **kept)["pixel_values"][0]
+        image, kept = PIL.Image.fromarray(rgb), {"do_rescale": False, "do_normalize": False}
+        return processor(image, return_tensors="pt", **kept)["pixel_values"][0]
     image = F.interpolate(torch.from_numpy(rgb).permute(2, 0, 1)[None], size, mode=mode, antialias=True)[0]
     top, left = ((new - part) // 2 for part, new in zip(crop, size, strict=True))
     return image[:, top : top + crop[0], left : left + crop[1]]

@@ -2,5 +2,6 @@
 
 A module imports only modules that stand before it in this list: console, files, options, columns, checks,
 settings, architectures, workspace, archives, hubdata, download, layouts, tables, rows, load, preprocess,
-duplicates, earlier, split, model, scores, checkpoints, finetune, figures, report, evaluation, publish, use.
+landmarks, copies, duplicates, earlier, split, model, scores, checkpoints, finetune, figures, report,
+evaluation, publish, use.
 """

@@ -1,21 +1,16 @@
 """Step 5: which images are one scene, so that a split can keep them together."""
 
-import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import PIL.Image
 import scipy.sparse
 from datasets import Dataset, DatasetDict
 
-from .console import progress
+from .copies import NEAR, look_at, near_pairs
 from .files import read_table, write_table
-
-NEAR = 0.04  # how far apart two frames of one scene may be: see `near_pairs` and tests/benchmarks
 
 
 @dataclass
@@ -40,57 +35,11 @@ def find_pairs(images: Dataset, shape: tuple[int, int, int], path: Path) -> pd.D
     columns = ["file_a", "file_b", "distance", "label_a", "label_b"]
     if path.exists():
         return read_table(path, columns)
-    views = thumbnails(images, shape)
+    views = look_at(images, shape)
     names = np.array(images.features["label"].names, dtype=object)
     of = pd.DataFrame({"file": images["file"][:], "label": names[images["label"][:]]})
     pairs = near_pairs(views, views).join(of.add_suffix("_a"), on="a").join(of.add_suffix("_b"), on="b")
     return write_table(path, pairs[columns])
-
-
-def thumbnails(images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the images averaged to 28 x 28 pixels, uint8 (n, 28, 28, 3)."""
-    views = np.empty((len(images), 28, 28, shape[0]), np.uint8)
-    for row, pixels in enumerate(progress(images["pixel_values"], desc="look for near-duplicates")):
-        view = PIL.Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape).transpose(1, 2, 0))
-        views[row] = view.resize((28, 28), PIL.Image.Resampling.BOX)
-    return views
-
-
-def near_pairs(first: np.ndarray, second: np.ndarray) -> pd.DataFrame:
-    """Return the pairs (a in first, b in second) of thumbnails at most NEAR apart: columns a, b, distance.
-
-    The distance is 1 - the correlation of 8 x 8 colour cells, the smallest of nine shifts by up to 1/28 of
-    the picture. The rim is left out: black borders are alike everywhere. float64 holds all these sums
-    exactly, so that neither their order nor the machine changes a result. A picture without texture has no
-    correlation and no pair. Where first is second, a < b. Each `a` keeps at most its 100 nearest partners: a
-    video has more. Nearest first.
-    """
-    (query, length), same, found = cells(first, 2, 2), first is second, []
-    shifted = [cells(second, top, left) for top, left in itertools.product((1, 2, 3), repeat=2)]
-    for start in range(0, len(query), 128):
-        offset = start if same else 0
-        rows = slice(start, start + 128)
-        with np.errstate(invalid="ignore"):
-            products = (query[rows] @ cell[offset:].T / size[offset:] for cell, size in shifted)
-            distance = 1 - functools.reduce(np.fmax, products) / length[rows, None]
-        near = np.triu(distance <= NEAR, 1) if same else distance <= NEAR
-        for row in np.flatnonzero(near.sum(1) > 100):
-            near[row, np.argsort(np.where(near[row], distance[row], np.inf), kind="stable")[100:]] = False
-        a, b = np.nonzero(near)
-        pairs = {"a": a + start, "b": b + offset, "distance": distance[a, b].clip(0).round(6)}
-        found.append(pd.DataFrame(pairs))
-    return pd.concat(found).sort_values(["distance", "a", "b"], ignore_index=True)
-
-
-def cells(views: np.ndarray, top: int, left: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 8 x 8 colour cells of a window of thumbnails, float64 (n, 192), and their lengths (n,).
-
-    Each colour's mean is taken out. A cell is the sum of 3 x 3 pixels.
-    """
-    window = views[:, top : top + 24, left : left + 24].reshape(len(views), 8, 3, 8, 3, -1)
-    sums = window.sum((2, 4), dtype=np.float64)
-    sums = (sums - sums.mean((1, 2), keepdims=True)).reshape(len(views), -1)
-    return sums, np.sqrt((sums**2).sum(1))
 
 
 def group_images(files: list[str], pairs: pd.DataFrame, patients: Sequence[str] = ()) -> pd.Series:

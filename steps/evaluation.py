@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import scipy.special
@@ -17,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 
 from .architectures import pixel_shape
 from .console import MAIN, log, show, stop
-from .duplicates import Scenes, count_pairs, find_scenes, near_pairs, thumbnails
+from .copies import look_at, near_pairs
+from .duplicates import Scenes, count_pairs, find_scenes
 from .files import probability_columns, read_json, read_table, remove, write_json, write_table
 from .finetune import chosen_epoch, save_metrics
 from .load import count_classes, load_external
@@ -213,8 +215,8 @@ def evaluate_external(splits: DatasetDict, trainer: Trainer, work: Workspace) ->
         pixels = prepare_pixels(images, folder, processor, work.cache)
     name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
     pixels = keep_readable(pixels, left_out, work.report / f"left_out-{name}.csv")
-    seen = np.concatenate([thumbnails(splits[part], shape) for part in ("train", "validation")])
-    twins = near_pairs(thumbnails(pixels, shape), seen)["a"].unique()
+    seen = datasets.concatenate_datasets([splits[part] for part in ("train", "validation")])
+    twins = near_pairs(look_at(pixels, shape), look_at(seen, shape))["a"].unique()
     new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
     if not len(new):
         stop(f"{folder} has only near-duplicates of our own images", "leave --external_dir out")

@@ -13,9 +13,10 @@ import termios
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, ROOT, SAMPLE, run_script
+from conftest import COLOURS, REPOSITORY, ROOT, SAMPLE, draw, run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import pipeline
@@ -273,9 +274,9 @@ def test_cross_validation_and_images_from_elsewhere(tmp_path, make_images, tiny_
     """Added to a finished run; a fold that is done is not trained again; every image is tested once."""
     images = make_images(count=12)
     elsewhere = make_images("elsewhere", count=9, classes=("blue", "purple", "red"))
-    for path in elsewhere.glob("*/00[3-8].jpg"):  # blue's first three repeat training images
-        with Image.open(path) as picture:
-            picture.transpose(Image.Transpose.ROTATE_180).save(path, quality=90)
+    rng = np.random.default_rng(1)
+    for path in sorted(elsewhere.glob("*/*.jpg"))[3:]:  # blue's first three repeat training images
+        draw(COLOURS.get(path.parent.name, (150, 40, 180)), rng).save(path, quality=90)
     flags = [
         "--data_dir", images, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "model",
         "--model_name_or_path", tiny_vit, "--num_train_epochs", "1", "--report_to", "none",

@@ -32,8 +32,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from story import make_work
 
-from steps import duplicates
 from steps.architectures import check_checkpoint, pixel_shape
+from steps.copies import NEAR, look_at, near_pairs
 from steps.download import fetch_images
 from steps.load import load_folder
 from steps.preprocess import keep_readable, pixels_of, prepare_pixels
@@ -104,19 +104,17 @@ def main() -> None:
     bits = np.stack([imagehash.phash(PIL.Image.fromarray(picture)).hash.ravel() for picture in pixels])
     phash = (bits[:, None] != bits).sum(-1)
 
-    views, duplicates.NEAR = duplicates.thumbnails(images, shape), 0.5  # for all thresholds below
-    pairs = duplicates.near_pairs(views, views)
-    cells = np.ones((n, n))
-    cells[pairs["a"], pairs["b"]] = cells[pairs["b"], pairs["a"]] = pairs["distance"]
+    views, ours = look_at(images, shape), np.ones((n, n))
+    pairs = near_pairs(views, views)
+    ours[pairs["a"], pairs["b"]] = ours[pairs["b"], pairs["a"]] = pairs["distance"]
 
-    methods = {"random split": (cells, -1, connected)}
+    methods = {"random split": (ours, -1, connected)}
     methods |= {f"pHash <= {bits} of 64 bits, connected": (phash, bits, connected) for bits in (4, 6, 8)}
     methods |= {
         f"class token, cosine >= {1 - d:.2f}, connected": (cosine, d, connected) for d in (0.01, 0.02)
     }
     methods["class token, cosine >= 0.98, average linkage"] = (cosine, 0.02, average)
-    methods |= {f"cells <= {d}, connected": (cells, d, connected) for d in (0.02, 0.04, 0.06)}
-    methods["cells <= 0.06, average linkage"] = (cells, 0.06, average)
+    methods |= {f"ours, {part} of NEAR, connected": (ours, part * NEAR, connected) for part in (0.5, 1)}
     alike, rows = np.triu(cosine <= 0.01, 1), {}
     for name, (distance, threshold, link) in tqdm(methods.items(), desc="methods"):
         distance = np.where(np.eye(n, dtype=bool), 0, distance)

@@ -160,7 +160,7 @@ def test_pipeline_gives_the_answers_of_the_run(run, tmp_path):
     classifier = pipeline("image-classification", str(run.work.output_dir), device="cpu")
     for _, row in table.iterrows():
         for answer in classifier(str(run.photos / row["file"])):  # a grey level may differ
-            assert answer["score"] == pytest.approx(row[answer["label"]], abs=5e-4), row["file"]
+            assert answer["score"] == pytest.approx(row["p_" + answer["label"]], abs=5e-4), row["file"]
 
 
 def test_a_finished_run_is_found_and_used_again(run):

@@ -283,10 +283,13 @@ def test_settings_that_have_no_effect_are_refused(server, finished, tmp_path):
     assert not server.repos
 
 
-def test_nothing_that_is_published_says_where_it_was_on_this_machine(server, tmp_path, make_images, tiny_vit):
+def test_nothing_that_is_published_says_where_it_was_on_this_machine(
+    server, tmp_path, make_images, tiny_vit, monkeypatch
+):
     """Absolute paths, and paths with ~ and .. that no shell has expanded, given as flags and in a file."""
+    monkeypatch.setenv("HOME", str(tmp_path / "secret-start"))
     start, up = tmp_path / "secret-start", tmp_path / "secret-up"
-    photos = make_images("secret-start/~/secret-home/photos")
+    photos = make_images("secret-start/secret-home/photos")
     for image in make_images("secret-up/clinic", count=4).rglob("*.jpg"):
         # no copies of those that it is trained on
         draw(COLOURS[image.parent.name], np.random.default_rng(1 + int(image.stem))).save(image)

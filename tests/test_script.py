@@ -155,7 +155,7 @@ def test_pipeline_gives_the_same_predictions(run):
     answers = classify([str(root / file) for file in table["file"]])
     for (_, row), answer in zip(table.iterrows(), answers, strict=True):
         for guess in answer:  # in float32; the script evaluates in mixed precision
-            assert guess["score"] == pytest.approx(row[guess["label"]], abs=0.05), row["file"]
+            assert guess["score"] == pytest.approx(row["p_" + guess["label"]], abs=0.05), row["file"]
     with Image.open(root / table["file"].iloc[0]) as image:
         assert classify(image)[0]["label"] == table["prediction"].iloc[0]
 

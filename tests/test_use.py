@@ -230,7 +230,8 @@ def test_labels_that_repeat_are_kept_apart_in_a_table(cranes, tmp_path, capsys):
 
 def test_labels_that_repeat_are_kept_apart_on_the_page(cranes, monkeypatch):
     gradio, pages = pytest.importorskip("gradio"), []
-    monkeypatch.setattr(gradio.Interface, "launch", lambda page: pages.append(page))
+    monkeypatch.setattr(gradio.Interface, "launch", lambda page, **options: (pages.append(page), "", ""))
+    monkeypatch.setattr(gradio.Interface, "block_thread", lambda page: None)
     open_page(*read_settings(["--model_name_or_path", cranes[0], "--demo"]))
     answer = pages[0].fn(str(cranes[1]))
     assert len(answer) == 7 and max(answer, key=answer.get) == "crane (3) (3)"

@@ -56,7 +56,7 @@ def check_checkpoint(name: str) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     channels = vision_of(config).num_channels
     if channels != 3:
-        what = f"cannot use {name}: its {kind} takes images of {channels} channels, not of 3 (RGB)"
+        what = f"cannot use {name}: its {kind} takes {channels}-channel images, not RGB"
         stop(what, "use another --model_name_or_path: `pipeline` makes every image RGB")
     source = processor_of(name)
     if source != name and hasattr(config, "calibration_temperature"):
@@ -82,7 +82,9 @@ def refuse_other_kinds(name: str, content: dict) -> None:
     if adapter := finder(name)("adapter_config.json"):
         base = read_json(Path(adapter)).get("base_model_name_or_path")
         what = f"cannot use {name}: it is a PEFT adapter of {base}, not a whole model"
-        stop(what, "load both with peft, join them by merge_and_unload() and give what save_pretrained wrote")
+        stop(
+            what, "load both with peft, call merge_and_unload() and save_pretrained(FOLDER), and give FOLDER"
+        )
     if "architecture" in content:  # transformers calls some of them timm_wrapper
         what = f"cannot use {name}: it is a model of timm, {content['architecture']}, not of transformers"
         stop(what, f"use a checkpoint of transformers: one of {', '.join(TYPES)}")
@@ -149,8 +151,7 @@ def open_weights(name: str) -> None:
 def refuse_pickle(name: str) -> None:
     """Raise SystemExit with the command that converts them, if the weights are pickles."""
     find = finder(name)
-    if find("adapter_config.json"):
-        refuse_other_kinds(name, {})
+    refuse_other_kinds(name, {})
     if find("pytorch_model.bin") or find("pytorch_model.bin.index.json"):
         folder, parts = f"{Path(name).name}-safetensors", ["AutoModelForImageClassification"]
         parts += ["AutoImageProcessor"] if processor_of(name) == name else []

@@ -5,7 +5,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,19 @@ DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 
 def is_archive(path: Path) -> bool:
     """Say whether a file is a zip or tar archive, by its content."""
+    if zipfile.is_zipfile(path):  # even if it is damaged
+        return True
     try:
-        with nullcontext() if zipfile.is_zipfile(path) else open_archive(path):
-            return True
+        open_archive(path).close()
     except (ValueError, EOFError, NotImplementedError):
         return False
+    return True
 
 
 def open_archive(path: Path) -> "zipfile.ZipFile | Tar":
     """Open a zip or tar archive by its content.
 
-    Raises NotImplementedError if it is another archive, ValueError if it is none, and what zip and tar raise.
+    Raises NotImplementedError for other archives, ValueError for other files, and what zip and tar raise.
     """
     if zipfile.is_zipfile(path):
         return zipfile.ZipFile(path)
@@ -46,7 +48,7 @@ def open_archive(path: Path) -> "zipfile.ZipFile | Tar":
         archive.close()
     if kind := other_kind(path):
         raise NotImplementedError(f"it is {kind}")
-    raise ValueError("it is no zip or tar archive, or damaged")
+    raise ValueError("it is damaged, or not a zip or tar archive")
 
 
 def other_kind(path: Path) -> str | None:
@@ -70,7 +72,7 @@ def spell_names(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             name = name.replace("\\", "/")
         member.filename = name
     if guessed:
-        problem = "warning: %s does not say how %s names are encoded: they are read as cp437, such as %r"
+        problem = "warning: %s does not say how %s of its names are encoded: read as cp437, for example %r"
         remedy = "; if that looks wrong, pack it again as tar, or with names in UTF-8"
         log.warning(problem + remedy, archive.filename, f"{len(guessed):,}", guessed[0])
     return archive.infolist()
@@ -126,7 +128,7 @@ class Tar(tarfile.TarFile):
         for _ in range(BEHIND >> 20):  # to where a compressed file keeps its checksum
             if not self.fileobj.read(1 << 20):
                 return
-        raise ValueError(f"more than {BEHIND >> 20} MB lie behind its end")
+        raise ValueError(f"more than {BEHIND >> 20} MB follow its end")
 
 
 class Headers:
@@ -167,4 +169,4 @@ def check_records(block: bytes) -> None:
         damaged = not record.endswith(b"\n") or b"=" not in record
         at += len(record)
     if damaged:
-        raise ValueError("a header of it is damaged")
+        raise ValueError("one of its headers is damaged")

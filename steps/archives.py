@@ -6,20 +6,18 @@ import os
 import re
 import stat
 import tarfile
-import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .console import LASTING, PASSING, file_error, log, progress, stop
 from .archive_formats import Tar, open_archive, spell_names
-from .files import atomic, need_access, need_space, write_json
+from .console import disk_failed, file_error, log, progress, stop
+from .files import atomic, folded, need_space, visible, write_json
 
 BLOCK = 4096  # bytes that even an empty file takes on the disk
 SMALL = 1 << 30  # bytes that any archive may unpack to
 NAME_ERRORS = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}  # this disk takes no such name
-HIDDEN = (".", "__MACOSX", "__pycache__")  # what names such as .ipynb_checkpoints begin with
 
 
 def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
@@ -43,11 +41,11 @@ def unpack(archive: Path, folder: Path, origin: dict[str, Any]) -> None:
                     file.extract(member, part, **options)
             write_json(part / ".archive.json", origin)
     except Exception as problem:  # of many kinds, by what is wrong with it
-        if file_error(problem) in PASSING | LASTING:
+        if disk_failed(problem):
             raise
-        remedy = "delete it if it is damaged"
+        remedy = "fetch it again, or give another"
         if isinstance(problem, RuntimeError):  # it is encrypted, or `zipfile` does not know how it is packed
-            remedy = "unpack it by other means, and give the folder"
+            remedy = "unpack it with another program and give the folder"
         elif file_error(problem) in NAME_ERRORS:
             remedy = "use a disk that takes such names, or rename it in the archive"
         stop(f"cannot unpack {archive}: {problem}", remedy)
@@ -67,7 +65,7 @@ def refuse_hostile(members: Iterable[Any], archive: Path) -> Iterator[zipfile.Zi
     for member in members:
         name = member.filename if isinstance(member, zipfile.ZipInfo) else member.name
         if len(name) > BLOCK:  # longer than any system's paths
-            raise ValueError(f"a name of {len(name):,} characters is none of an image")
+            raise ValueError(f"a name has {len(name):,} characters: too long for an image")
         path, total = PurePosixPath(name), total + size_on_disk(member)
         if leads_out(name):
             raise ValueError(f"{name!r} would lead out of its folder")
@@ -75,9 +73,9 @@ def refuse_hostile(members: Iterable[Any], archive: Path) -> Iterator[zipfile.Zi
         if not plain:
             raise ValueError(f"{name!r} is a link or a device")
         if total > most:
-            raise ValueError(f"it unpacks to more than {most:,} bytes, as no archive of images does")
+            raise ValueError(f"it unpacks to more than {most:,} bytes: too much for an archive of images")
         for part in itertools.chain([path], path.parents):  # a disk that ignores case would lose one of A, a
-            before = seen.setdefault(unicodedata.normalize("NFC", str(part)).casefold(), part)
+            before = seen.setdefault(folded(str(part)), part)
             if before != part or (part is path and before is not part and not folder):
                 raise ValueError(f"{str(part)!r} and {str(before)!r} have the same name")
             if before is not part:  # a folder: those around it have been seen, too
@@ -117,9 +115,3 @@ def class_root(folder: Path) -> Path:
     wrapped = len(inside) == 1 and any(entry.is_dir() for entry in visible(inside[0]))
     wrapped = wrapped and not any(entry.name.startswith("metadata.") for entry in visible(folder))
     return class_root(inside[0]) if wrapped else folder
-
-
-def visible(folder: Path) -> list[Path]:
-    """Return what lies in `folder`, without hidden entries. Raises SystemExit where it may not be read."""
-    need_access(folder)
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN)]

@@ -22,7 +22,7 @@ from .console import TOKEN, first_line, stop
 from .options import AUGMENTATIONS, KVASIR_URL, METRICS, Settings
 
 HELP = "see python finetune_vit.py --help"
-REQUIRED = "accelerate datasets evaluate filelock matplotlib scipy simplejpeg sklearn".split()
+REQUIRED = "accelerate cv2 datasets evaluate matplotlib scipy simplejpeg sklearn threadpoolctl".split()
 UNREAD = (".7z", ".rar", ".zst", ".tzst")  # archives that need another program
 NO_TEXT = "[\0\ud800-\udfff]"  # what a text cannot hold: a null byte, or what is not UTF-8
 RANGES = {  # numbers of TrainingArguments by (least, most)
@@ -72,8 +72,8 @@ def archive_name(location: str) -> tuple[str, str]:
     endings = [ending for _, endings, _ in shutil.get_unpack_formats() for ending in endings]
     stems = [name[: -len(ending)] for ending in endings if name.lower().endswith(ending)]
     if not stems and name.lower().endswith(UNREAD):
-        remedy = "unpack it by other means, and give the folder as --data_dir"
-        stop(f"{location} is no zip or tar archive", remedy)
+        remedy = "unpack it with another program and give the folder as --data_dir"
+        stop(f"{location} is not a zip or tar archive", remedy)
     stem = min(stems, key=len, default=name)
     if not stem.strip(".") or re.search(NO_TEXT, name):
         stop(f"{location} names no archive", "give the URL or the path of one")
@@ -159,7 +159,7 @@ def combinations(settings: Settings, training: TrainingArguments) -> Iterator[tu
     lacking = settings.demo and not importlib.util.find_spec("gradio")
     yield lacking, "--demo needs Gradio", "pip install gradio"
     alone = settings.demo_share and not settings.demo
-    yield alone, "--demo_share makes the page of --demo public", "add --demo"
+    yield alone, "--demo_share needs --demo", "add --demo"
     alone = settings.predictions_file and not settings.predict
     yield alone, "--predictions_file names the table of --predict", "add --predict"
     alone = settings.hub_space_id and not training.push_to_hub

@@ -17,6 +17,7 @@ COLUMN_WORDS = {
     exam examid study studyid video videoid sequence sequenceid lesion lesionid
     group""",
 }
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # imagefolder's metadata.* has these, too
 # The words of `datasets` for a split: what we call it.
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLIT_WORDS |= {"evaluation": "test"} | dict.fromkeys(["val", "valid", "validation", "dev"], "validation")

@@ -19,11 +19,12 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
-# What torchrun and other launchers tell their processes. A part of it, left over from another program, would
-# make this one wait for processes that nobody starts, or take itself for one that must be silent.
+# Set by torchrun and other launchers. Some of these, left over from another program, would make this process
+# wait for others that do not exist, or stay silent.
 LAUNCHER = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
-PROCESSES = int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= set(LAUNCHER) else 1
-STRAY = [] if os.environ.keys() >= set(LAUNCHER) else [name for name in LAUNCHER[:3] if name in os.environ]
+LAUNCHED = os.environ.keys() >= set(LAUNCHER)
+PROCESSES = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+STRAY = [] if LAUNCHED else [name for name in LAUNCHER[:3] if name in os.environ]
 for name in STRAY:
     del os.environ[name]
 MAIN = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes and speaks
@@ -55,14 +56,14 @@ def start_logging() -> None:
         for kind in stop_signals():
             signal.signal(kind, signal.default_int_handler)  # like Ctrl-C
     if STRAY:
-        names = f"warning: no launcher set all of {', '.join(LAUNCHER)}: without {', '.join(STRAY)}"
-        log.warning("%s, this is the only process", names)
+        text = "warning: ignoring %s, because %s are not all set: this run is a single process"
+        log.warning(text, ", ".join(STRAY), ", ".join(LAUNCHER))
 
 
 def read_names_as_utf8() -> None:
-    """Start this script again where Python takes file names for another code than UTF-8; Unix only.
+    """Restart this script in UTF-8 mode if Python reads file names in another encoding; Unix only.
 
-    The system stores bytes. In the code of the locale names would be garbled, in the model's labels, too.
+    The system stores names as bytes. Another encoding would garble them, in the model's labels, too.
     """
     if os.name == "posix" and sys.getfilesystemencoding() != "utf-8":
         os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")  # the screen's
@@ -77,7 +78,7 @@ def stop_signals() -> list[int]:
 
 
 def close_screen() -> None:
-    """Send what is still told to nowhere: after SIGHUP, writing to the closed terminal is an error."""
+    """Discard further output: after SIGHUP, writing to the closed terminal is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for screen in (1, 2):
         if stat.S_ISCHR(os.fstat(screen).st_mode):
@@ -113,7 +114,7 @@ def end_in_one_line(kind: type[BaseException], problem: BaseException, trace: Tr
     elif kind.__name__ == "OutOfMemoryError":  # torch's; training itself gives more advice
         remedy = "nvidia-smi shows what else uses the GPU; or try --per_device_eval_batch_size 8"
         line = f"error: {str(problem).split('.')[0]}; {remedy}"
-    elif file_error(problem) in PASSING | LASTING:
+    elif disk_failed(problem):
         line = f"error: a file cannot be used: {problem}; {go_on}"
     else:
         sys.__excepthook__(kind, problem, trace)
@@ -128,6 +129,11 @@ def file_error(problem: BaseException) -> int | None:
         return problem.errno
     number = re.search(r"os error (\d+)", str(problem))  # safetensors
     return int(number[1]) if number else errno.ENOSPC if "inline_container" in str(problem) else None
+
+
+def disk_failed(problem: BaseException) -> bool:
+    """Say whether a disk, not what lies on it, is the problem."""
+    return file_error(problem) in PASSING | LASTING
 
 
 def retry(action: Callable, *args: Any, when: Callable | None = None, **options: Any) -> Any:
@@ -149,12 +155,18 @@ def retry(action: Callable, *args: Any, when: Callable | None = None, **options:
 def may_pass(problem: BaseException) -> bool:
     """Say whether a failed download or upload is worth another try."""
     problem = hidden_cause(problem)
-    response = getattr(problem, "response", None)  # of the Hub's client
-    if status := getattr(problem, "code", None) or getattr(response, "status_code", None):
+    if status := status_of(problem):
         return status in (408, 416, 425, 429, 500, 502, 503, 504)
     certificate = isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError)
-    refused = re.search("Tunnel connection failed: 4", str(problem))  # by a proxy
-    return not (certificate or refused or isinstance(problem, ValueError) or file_error(problem) in LASTING)
+    return not (certificate or isinstance(problem, ValueError) or file_error(problem) in LASTING)
+
+
+def status_of(problem: BaseException) -> int | None:
+    """Return the HTTP status that a server, or a proxy on the way to it, has answered with."""
+    if refused := re.search(r"Tunnel connection failed: (\d+)", str(problem)):  # by a proxy
+        return int(refused[1])
+    response = getattr(problem, "response", None)  # of the Hub's client
+    return getattr(problem, "code", None) or getattr(response, "status_code", None)
 
 
 def hidden_cause(problem: BaseException) -> BaseException:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from threadpoolctl import threadpool_limits
 
 from .console import progress
-from .landmarks import Landmarks, count_shared, find_landmarks, set_limit
+from .landmarks import Landmarks, count_shared, find_landmarks, with_limit
 
 NEAR = 0.005  # near-duplicates are at most this far apart: see `near_pairs` and tests/benchmarks
 ENOUGH = 8  # landmarks that two pictures of one scene share
@@ -53,19 +53,22 @@ def cut_cells(picture: np.ndarray) -> np.ndarray:
 def near_pairs(first: Views, second: Views) -> pd.DataFrame:
     """Return the near-duplicates, nearest first: pictures a in first, b in second, `distance` up to NEAR.
 
-    It is 1 - the correlation of their cells, without what all pictures of `second` have in common; one of the
-    two may be mirrored and turned by quarters. Or it is NEAR * ENOUGH / the number of landmarks that both
-    share, where that is less; they are counted for the 20 pictures that are most alike. Where first is
-    second, a < b. Each `a` has at most 100 partners by its cells: a video has more.
+    The distance is 1 - the correlation of the cells without the mean of `second`, one picture mirrored or
+    turned by quarters. Or, if less, NEAR * ENOUGH / the number of landmarks that both share, counted for the
+    20 most alike pictures. Where first is second, a < b. By cells, each `a` has at most 100 partners: a video
+    has more.
     """
-    found, everyone = [], second.landmarks if first is second else first.landmarks + second.landmarks
+    found = []
     # Products of a few rows are no faster in threads of their own beside these.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda each: set_limit(each, second.landmarks), everyone))
+        limited = functools.partial(with_limit, others=second.landmarks)
+        theirs = [*pool.map(limited, second.landmarks)]
+        mine = theirs if first is second else [*pool.map(limited, first.landmarks)]
         for start, upright, alike in correlations(first, second):
             rows = np.arange(len(upright))
             if first is second:
-                alike, upright[rows, start + rows] = np.triu(alike, start + 1), -1
+                alike = np.triu(alike, start + 1)
+                upright[rows, start + rows] = -1
             a, b = most_alike(alike, 100)
             near = alike[a, b] >= np.float32(1 - NEAR)
             found.append(np.column_stack([a + start, b, 1 - alike[a, b].astype(float)])[near])
@@ -73,8 +76,8 @@ def near_pairs(first: Views, second: Views) -> pd.DataFrame:
             still, a = upright[a, b] >= 0.9, a + start
             if first is second:  # the other way round is the same pair
                 a, b, still = np.minimum(a, b)[a != b], np.maximum(a, b)[a != b], still[a != b]
-            marks = [first.landmarks[row] for row in a], [second.landmarks[row] for row in b]
-            shared = np.array([*pool.map(count_shared, *marks, still)])
+            pairs = [mine[row] for row in a], [theirs[row] for row in b], still
+            shared = np.array([*pool.map(count_shared, *pairs)])
             found.append(np.column_stack([a, b, NEAR * ENOUGH / shared.clip(1)])[shared >= ENOUGH])
     pairs = pd.DataFrame(np.concatenate(found), columns=["a", "b", "distance"]).astype({"a": int, "b": int})
     pairs["distance"] = pairs["distance"].clip(0).round(6)
@@ -82,11 +85,11 @@ def near_pairs(first: Views, second: Views) -> pd.DataFrame:
 
 
 def correlations(first: Views, second: Views) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield a row of `first`, and how its next 128 pictures correlate with all of `second`, float32 (128, n).
+    """Yield a row number of `first`, and how the next 128 pictures correlate with all n of `second`.
 
-    That is twice: upright, and the best of the eight ways to mirror and turn them.
+    Two arrays, float32 (128 or fewer, n): upright, and the best of the eight ways to mirror and turn them.
     """
-    # Of a few pictures the mean says little about what all pictures share, so a part of it is taken out.
+    # The mean of few pictures is not yet what all pictures share: only part of it is taken out.
     mean = second.cells.sum(0) / (len(second.cells) + 8)
     known, length = centre(second.cells, mean)
     mirrored = first.cells[:, :, ::-1]
@@ -112,6 +115,6 @@ def centre(cells: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def most_alike(alike: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and columns of the `most` highest values in each row."""
+    """Return rows and columns, int, of the `most` highest values in each row of a table (n, m)."""
     columns = np.argpartition(-alike, min(most, alike.shape[1]) - 1)[:, :most]
     return np.repeat(np.arange(len(alike)), columns.shape[1]), columns.ravel()

@@ -2,7 +2,6 @@
 
 import http.client
 import os
-import re
 import ssl
 import string
 import time
@@ -15,7 +14,7 @@ from typing import Any
 from .archive_formats import is_archive, other_kind
 from .archives import class_root, unpack
 from .checks import archive_name, is_url, local_path
-from .console import log, may_pass, progress, retry, stop
+from .console import first_line, log, may_pass, progress, retry, status_of, stop
 from .environment import lock_of
 from .files import need_space, read_json, remove, sha256_of, write_json
 from .hubdata import fetch_dataset
@@ -104,15 +103,15 @@ def download(url: str, archive: Path, timeout: float = 60) -> None:
             most, tries = max(most, size), 1 if size > most else tries + 1
             if tries == 6 or not may_pass(problem):
                 remedy = remedy_for(problem, url)
-                stop(f"cannot download {url}: {problem or type(problem).__name__}", f"{remedy} {archive}")
+                stop(f"cannot download {url}: {first_line(problem)}", f"{remedy} {archive}")
             asked = str(getattr(problem, "headers", {}).get("Retry-After"))
             wait = min(int(asked) if asked.isdecimal() else 2 ** (tries - 1), 60)
-            log.warning("warning: %s; trying again in %s s", problem or type(problem).__name__, wait)
+            log.warning("warning: %s; trying again in %s s", first_line(problem), wait)
             time.sleep(wait)
     if not is_archive(part):
-        kind = other_kind(part) or "no zip or tar archive"
+        kind = other_kind(part) or "not a zip or tar archive"
         remove(part)
-        stop(f"{url} sends what is {kind}", f"put a zip or tar archive at {archive}")
+        stop(f"the file at {url} is {kind}", f"put a zip or tar archive at {archive}")
     os.replace(part, archive)
     if url == KVASIR_URL and archive.stat().st_size != KVASIR_BYTES:
         log.warning("warning: Kvasir v2 had %s bytes, this has %s", KVASIR_BYTES, archive.stat().st_size)
@@ -181,10 +180,7 @@ def trusted() -> ssl.SSLContext:
         try:
             context.load_verify_locations(**{"capath" if os.path.isdir(more) else "cafile": more})
         except OSError as problem:
-            stop(
-                f"cannot read REQUESTS_CA_BUNDLE, {more}: {problem}",
-                "correct or unset it",
-            )
+            stop(f"cannot read REQUESTS_CA_BUNDLE, {more}: {problem}", "correct or unset it")
     return context
 
 
@@ -200,24 +196,23 @@ def check_proxy(url: str) -> None:
     except ValueError:  # its port is no number, as where a password holds a "/"
         good = False
     if not good:
-        remedy = "set it to http://HOST:PORT, with %XX for other characters in a password, or unset it"
-        stop(f"the proxy in {parts.scheme}_proxy is not one of HTTP", remedy)
+        remedy = "set it to http://HOST:PORT (in passwords, write special characters as %XX) or unset it"
+        stop(f"{parts.scheme}_proxy is not an HTTP proxy", remedy)
 
 
 def remedy_for(problem: Exception, url: str) -> str:
     """Return what to do about a download that failed; the path of the file is to follow."""
-    put = "put the file by other means at"
+    put = "download it yourself to"
     host = f".{urllib.parse.urlsplit(url).hostname}"
-    refused = re.search("Tunnel connection failed: ([0-9]+)", str(problem))  # by a proxy, for https
-    status = int(refused[1]) if refused else getattr(problem, "code", None)
+    status = status_of(problem)
     if status == 407:
         return f"give the proxy as http://NAME:PASSWORD@HOST:PORT in http_proxy and https_proxy, or {put}"
     if host.endswith((".drive.google.com", ".docs.google.com")):
-        return "fetch it with gdown (pip install gdown) as"
+        return "download it with gdown (pip install gdown) to"
     if host.endswith(".kaggle.com"):
-        return "fetch it with kaggle (pip install kaggle), and put it at"
+        return "download it with kaggle (pip install kaggle), and put it at"
     if isinstance(getattr(problem, "reason", None), ssl.SSLCertVerificationError):
         return f"give your network's certificates in SSL_CERT_FILE or REQUESTS_CA_BUNDLE, or {put}"
     if status in (401, 403) or isinstance(problem, ValueError):
-        return "it may want a login: fetch it in a browser, and put it at"
+        return "it may need a login: download it in a browser and save it as"
     return f"run again to go on, or {put}" if may_pass(problem) else f"check the URL, or {put}"

@@ -6,7 +6,7 @@ import pandas as pd
 from transformers.utils import cached_file
 
 from .console import log, stop
-from .files import composed, read_json, read_table, write_json
+from .files import nfc, read_json, read_table, write_json
 from .workspace import Workspace
 
 
@@ -45,7 +45,7 @@ def record_earlier(earlier: pd.Series | None, split: pd.Series, work: Workspace)
     record = read_json(path)
     before = record.pop("earlier", None)
     if earlier is not None:
-        earlier, split = (part.set_axis(composed(part.index)) for part in (earlier, split))
+        earlier, split = (part.rename(index=nfc) for part in (earlier, split))
         learned, name = earlier.index[earlier != "test"], work.settings.model_name_or_path
         kept, tested = split.index.isin(earlier.index), split.index[split == "test"]
         counts = {"kept": kept, "new": ~kept, "absent": ~learned.isin(split.index)}

@@ -1,4 +1,4 @@
-"""Step 0: what lies around a run: forms of paths, homes that cannot be written, disks without locks."""
+"""Step 0: what surrounds a run: forms of paths, homes that cannot be written, disks without locks."""
 
 import errno
 import functools
@@ -16,6 +16,7 @@ import huggingface_hub
 from transformers import TrainingArguments
 
 from .console import PROCESSES, log, stop_signals
+from .files import may_use
 from .options import Settings
 
 try:
@@ -38,7 +39,7 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # NFS,
 
 
 def plain_paths(settings: Settings, training: TrainingArguments) -> None:
-    """Write each path in one form: `~` expanded, without `./` and a slash at its end."""
+    """Normalise all paths: expand `~`, drop `./` and a slash at the end."""
     for name in PATHS:
         if value := getattr(settings, name):
             setattr(settings, name, plain_path(value))
@@ -49,7 +50,7 @@ def plain_paths(settings: Settings, training: TrainingArguments) -> None:
 
 
 def plain_path(value: str) -> str:
-    """Return a path as above; what is not there, such as a name on the Hub or a URL, keeps its form."""
+    """Return a normalised path; if it does not exist (a URL, a name on the Hub), only `~` is expanded."""
     path = os.path.expanduser(value)
     return str(Path(path)) if os.path.exists(path) else path
 
@@ -69,7 +70,7 @@ def can_write(folder: Path) -> bool:
     folder = folder.absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    return folder.is_dir() and may_use(folder, os.W_OK | os.X_OK)
 
 
 def keep_caches(settings: Settings) -> None:
@@ -95,7 +96,7 @@ def keep_caches(settings: Settings) -> None:
         if not can_write(Path(where, "matplotlib")):
             os.environ.setdefault("MPLCONFIGDIR", str(root / "home" / "matplotlib"))
     if moved:
-        log.info("%s cannot be written: what is kept there goes into %s", moved[0], root / "home")
+        log.info("cannot write to %s: using %s instead", moved[0], root / "home")
 
 
 def is_cached(name: str) -> bool:
@@ -106,10 +107,10 @@ def is_cached(name: str) -> bool:
 
 
 def bear_lack_of_locks() -> None:
-    """Let `filelock` know a disk without locks as such: it then uses a file with process and host.
+    """Make `filelock` notice a disk without locks; it then uses a file that names process and host.
 
-    For `filelock` only ENOSYS means that there are none, but network disks answer with other errors, too. The
-    Hub's client and `datasets` use `filelock`, so they all need it.
+    It expects ENOSYS, but network disks answer with other errors, too. The Hub's client and `datasets` use
+    `filelock`, so they all need it.
     """
     if fcntl and not hasattr(fcntl.flock, "__wrapped__"):
         fcntl.flock = tell_lack_of_locks(fcntl.flock)
@@ -128,7 +129,7 @@ def tell_lack_of_locks(flock: Any) -> Any:
             if problem.errno not in NO_LOCKS:
                 raise
             if not warned:
-                text = "warning: a disk has no locks (%s): start no second run on it from another machine"
+                text = "warning: no file locks on a disk (%s): start no second run on it from another machine"
                 log.warning(text, problem.strerror)
                 warned.append(True)
             raise OSError(errno.ENOSYS, problem.strerror) from problem
@@ -139,8 +140,9 @@ def tell_lack_of_locks(flock: Any) -> Any:
 def lock_of(folder: Path, timeout: float = -1) -> filelock.BaseFileLock:
     """Return the lock of a folder that is there, not held yet; `timeout`: seconds to wait for it, or -1.
 
-    It ends with this process, however that ends. Without locks on the disk it is a file that names process
-    and host. The other kind leaves a file behind, so this one has another name: or it would wait for good.
+    The lock ends with the process. On a disk without locks it is a file that names process and host. Its name
+    differs from that of a real lock's file, which stays behind: a run would wait for that for ever. Raises
+    OSError if the folder cannot be written.
     """
     options = {"timeout": timeout, "is_singleton": True}  # a cell may be run twice
     if has_locks(folder):

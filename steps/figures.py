@@ -116,12 +116,10 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
 
     Of more than MOST classes, those of the lowest recall.
     """
-    table, shown = (
-        pd.DataFrame({name: row for name, row in per_class.items() if row["n"]}).T,
-        letter([*per_class]),
-    )
+    table = pd.DataFrame({name: row for name, row in per_class.items() if row["n"]}).T
+    shown = letter([*per_class])
     lowest = np.sort(table["recall"].argsort(kind="stable")[:MOST])
-    only = f"; the {MOST} classes of the lowest recall, of {len(table):,}" if len(table) > MOST else ""
+    only = f"; the {MOST} of {len(table):,} classes with the lowest recall" if len(table) > MOST else ""
     table = table.iloc[lowest][::-1]
     names = table.index
     table.index = [f"{shown[name]} ({row['n']:.0f})" for name, row in table.iterrows()]

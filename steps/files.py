@@ -16,6 +16,7 @@ import pandas as pd
 
 from .console import MAIN, retry, stop
 
+HIDDEN = (".", "__MACOSX", "__pycache__")  # what names such as .ipynb_checkpoints begin with
 DAMAGED = "delete it, and it is made again where that is possible"
 # These columns of our tables are always text.
 COLUMNS = "file file_a file_b split label label_a label_b prediction error reason".split()
@@ -47,14 +48,40 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def may_read(path: str | Path, how: int = os.R_OK) -> bool:
-    """Say whether a file may be read, or used as the flags `how` of `os.access` say."""
+def visible(folder: Path) -> list[Path]:
+    """Return what lies in `folder`, without hidden entries. Raises SystemExit if it may not be read."""
+    need_access(folder)
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN)]
+
+
+def below(path: str | Path, folder: Path) -> str:
+    """Return a path relative to `folder`, with forward slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def printable(name: str | Path) -> str:
+    """Return a name as text that can be written in UTF-8."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def nfc(name: str) -> str:
+    """Return a name in the Unicode form to compare: macOS writes ü as two characters, Linux mostly as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folded(name: str) -> str:
+    """Return what a disk that ignores case and Unicode form takes a name for."""
+    return nfc(name).casefold()
+
+
+def may_use(path: str | Path, how: int = os.R_OK) -> bool:
+    """Say whether this process may read a file, or use it as the flags `how` of `os.access` say."""
     return os.access(path, how, effective_ids=os.access in os.supports_effective_ids)
 
 
 def need_access(folder: str | Path) -> None:
     """Raise SystemExit if a folder may not be read."""
-    if not may_read(folder, os.R_OK | os.X_OK):
+    if not may_use(folder, os.R_OK | os.X_OK):
         stop(f"no permission to read the folder {folder}", "ask its owner, or try chmod -R u+rX on it")
 
 
@@ -98,15 +125,10 @@ def read_table(path: Path, columns: Iterable[str], remedy: str = DAMAGED) -> pd.
     return table
 
 
-def composed(names: Iterable[str]) -> list[str]:
-    """Return names in NFC, to be compared: macOS writes ü as two characters, Linux mostly as one."""
-    return [unicodedata.normalize("NFC", name) for name in names]
-
-
 def lookup(values: pd.Series, files: Iterable[str]) -> np.ndarray:
     """Return the value, str, of each of `files`, "" where there is none, from `values` by file (n,)."""
-    known = pd.Series(values.to_numpy(), composed(values.index), dtype=object)
-    return known[~known.index.duplicated()].reindex(composed(files), fill_value="").to_numpy()
+    known = pd.Series(values.to_numpy(), map(nfc, values.index), dtype=object)
+    return known[~known.index.duplicated()].reindex([*map(nfc, files)], fill_value="").to_numpy()
 
 
 def probability_columns(class_names: Iterable[str]) -> list[str]:
@@ -118,7 +140,7 @@ def csv_options(texts: Iterable[object]) -> dict[str, Any]:
     """Return how `DataFrame.to_csv` must write a table of these names and texts to be read back as it is.
 
     Excel takes UTF-8 for another encoding unless it begins with a byte order mark: text that is not ASCII
-    gets one. Python's `csv` quotes a newline, but up to 3.12 no carriage return: one of them quotes all.
+    gets one. Python's `csv` up to 3.12 does not quote carriage returns: if there is one, all text is quoted.
     """
     text = "".join(map(str, texts))
     quoting = csv.QUOTE_NONNUMERIC if "\r" in text else csv.QUOTE_MINIMAL

@@ -181,7 +181,7 @@ def weighted_loss(images: Dataset, training: TrainingArguments) -> Callable:
     """Return the cross-entropy for the Trainer, each image times n / (classes * images of its class)."""
     counts = torch.bincount(torch.tensor(images["label"][:]), minlength=images.features["label"].num_classes)
     weights, smoothing = len(images) / len(counts) / counts, training.label_smoothing_factor
-    weights = weights.to(training.device)  # once: each copy, and each question to a tensor, waits for the GPU
+    weights = weights.to(training.device)  # once: copying to the GPU, or reading a tensor, waits for it
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         losses = F.cross_entropy(outputs.logits, labels, reduction="none", label_smoothing=smoothing)

@@ -16,8 +16,7 @@ import PIL.Image
 from datasets import ClassLabel, DatasetBuilder, Features, Image, IterableDataset, Value, load_dataset_builder
 
 from .columns import SPLIT_WORDS, choose_columns
-from .console import LASTING, PASSING, bars_wanted, file_error, first_line, hidden_cause, log, may_pass
-from .console import progress, retry, stop
+from .console import bars_wanted, disk_failed, first_line, hidden_cause, log, may_pass, progress, retry, stop
 from .files import atomic, need_space, read_json, remove, write_json, write_table
 from .options import Settings
 
@@ -53,7 +52,7 @@ def fetch_dataset(settings: Settings) -> tuple[Path, dict[str, str]]:
             write_table(part / "metadata.csv", write_images(parts, columns, part, cache))
             write_json(part / ".archive.json", origin)
     except Exception as problem:  # of many kinds: those of HTTP, of the Hub, of `datasets`, of Arrow
-        if file_error(problem) in PASSING | LASTING:
+        if disk_failed(problem):
             raise
         refuse(problem, settings)
     remove(cache)

@@ -8,10 +8,9 @@ from typing import NoReturn
 
 import pandas as pd
 
-from .archives import visible
-from .columns import COLUMN_WORDS, SPLIT_WORDS, plain
-from .console import log, stop
-from .files import composed
+from .columns import COLUMN_WORDS, SPLIT_WORDS, TABLES, plain
+from .console import listed, log, stop
+from .files import nfc, visible
 from .suspects import IMAGE_WORDS, looks_like, masks_beside
 
 ACCEPTED = (
@@ -76,30 +75,29 @@ def read_folders(files: list[str], folder: Path, group_by: str | None) -> pd.Dat
     known = [patient is not None and len(path) > patient for path in paths.values()]
     group = [path[patient] if here else "" for path, here in zip(paths.values(), known, strict=True)]
     split = [splits[file.split("/")[0]] if splits else "" for file in files]
-    return pd.DataFrame({"file": files, "label": label, "split": split, "group": composed(group)})
+    return pd.DataFrame({"file": files, "label": label, "split": split, "group": [*map(nfc, group)]})
 
 
 def check_classes(paths: dict[str, list[str]], files: list[str], folder: Path, *, asked: bool) -> None:
-    """Raise SystemExit where folders are called like splits, parts or masks, not like classes.
+    """Raise SystemExit where folders are named like splits, parts or masks, not like classes.
 
-    If someone has `asked` for this reading of the folders, they are warned instead. So they are of files
-    that look like masks of others.
+    If the user has `asked` for this reading, only warn. Also warn of files that look like masks of others.
     """
     tops, below = {path[0] for path in paths.values()}, {path[1] for path in paths.values() if len(path) > 1}
-    tables = sorted(entry.name for entry in visible(folder) if entry.suffix.lower() in (".csv", ".tsv"))
+    tables = sorted(entry.name for entry in visible(folder) if entry.suffix.lower() in TABLES)
     table = TABLE.replace("FILE.csv", tables[0]) if tables else TABLE
     kind, names = looks_like(tops), sorted(tops)
     if not kind and looks_like(below) == "masks":
         kind, names = "masks", sorted(below)
-    if kind == "parts" and {*below} - {*IMAGE_WORDS}:
+    if kind == "parts" and {name.casefold() for name in below} - IMAGE_WORDS:
         kind = ""  # choose_level knows more
-    first = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    first = listed(names, 3)
     problem, remedy = f"the folders {first} look like {kind} of a data set, not like classes", table
     if kind == "splits" and below:
         remedy = "rename them to train, validation, test"
     elif kind == "masks":
-        problem = f"of the folders {first} some look like masks of images, not like classes"
-        remedy = f"move the masks away; if no class folders are left, {table}"
+        problem = f"some of the folders {first} look like masks, not classes"
+        remedy = f"move the masks away; without class folders, {table}"
     elif not kind and tables and len(tops) == 1 and not below:
         kind, problem = "one", f"all images lie in one folder, {first}, beside {tables[0]}"
     if kind and asked:
@@ -108,8 +106,10 @@ def check_classes(paths: dict[str, list[str]], files: list[str], folder: Path, *
         classes = "" if kind == "one" else "; if they are classes, give --group_by none"
         refuse(problem, remedy + classes, files, folder)
     if of := masks_beside(files):
-        text = "warning: %s images look like masks of others, such as %s of %s: move them away, or they are "
-        log.warning(text + "learned as images", len(of), *min(of.items()))
+        text = (
+            "warning: %s images look like masks, such as %s (of %s); move them away, or the model learns them"
+        )
+        log.warning(text, len(of), *min(of.items()))
 
 
 def read_around(files: list[str], group_by: str | None, labels: set[str]) -> pd.DataFrame:
@@ -120,7 +120,7 @@ def read_around(files: list[str], group_by: str | None, labels: set[str]) -> pd.
     """
     splits, rows = read_splits(files) or {}, []
     for file in files:
-        path = composed(file.split("/")[:-1])
+        path = nfc(file).split("/")[:-1]
         split = splits.get(path[0], "") if path else ""
         path = path[1:] if split else path
         others = [name for name in path[:2] if name not in labels] if group_by in ("folder", "parent") else []
@@ -215,5 +215,5 @@ def refuse_empty(files: list[str], folder: Path, inside: Iterable[str], left_out
             remedy = f"give --data_dir {only}" if deeper else "fill or delete these folders"
             places = tuple(f"{start}{name}/" for name in empty)
             if reasons := {reason for file, reason in left_out.items() if file.startswith(places)}:
-                remedy = f"they hold {', '.join(sorted(reasons)[:3])}"
-            stop(f"no images in {', '.join(sorted(empty))}", remedy)
+                remedy = f"found there instead: {listed(sorted(reasons), 3)}"
+            stop(f"no images in {listed(sorted(empty))}", remedy)

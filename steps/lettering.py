@@ -63,16 +63,15 @@ def escape(name: str, families: Sequence[str]) -> str:
             character = character.encode("unicode_escape").decode()
         shown += character
     leftwards = any(unicodedata.bidirectional(character) in LEFTWARDS for character in shown)
-    return (
-        f"\N{LEFT-TO-RIGHT MARK}{shown}\N{LEFT-TO-RIGHT MARK}" if leftwards else shown
-    )  # what follows stays
+    mark = "\N{LEFT-TO-RIGHT MARK}" if leftwards else ""  # what follows the name stays where it is
+    return mark + shown + mark
 
 
 def letter(names: Sequence[str]) -> dict[str, str]:
-    """Return {class: what a picture calls it}: its name or, of the class at place n of `names`, #n.
+    """Return {class: its text in a picture}: its name, or #n, where n is its place in `names`.
 
-    It is a number where no font has the letters, where the name is too long, or where two look the same; a
-    carriage return is shown as \\r.
+    It is #n where no font has the letters, the name is too long, or two look the same. A carriage return is
+    shown as \\r.
     """
     families = fonts_for(names)
     shown = {name: escape(name, families) for name in names}
@@ -86,7 +85,7 @@ def letter(names: Sequence[str]) -> dict[str, str]:
 
 
 def explain(figure: Figure, names: Iterable[str], shown: dict[str, str]) -> None:
-    """Write below a figure which of `names` its numbers mean, if `shown`, see `letter`, has any for them."""
+    """Write below a figure what the numbers in `shown` (see `letter`) mean, for those of `names`."""
     families, lines = fonts_for(shown), []
     for name in dict.fromkeys(names):
         if shown[name].startswith("#"):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +15,10 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .archives import HIDDEN
-from .console import log, stop
-from .files import composed, need_access, read_json, sha256_of, write_json
-from .formats import judge, readable_endings
+from .checks import NO_TEXT, UNREAD
+from .console import listed, log, stop
+from .files import HIDDEN, below, folded, need_access, nfc, read_json, sha256_of, visible, write_json
+from .image_formats import judge, readable_endings
 from .layouts import read_around, read_folders, read_splits, refuse_empty
 from .options import KVASIR_URL, Settings
 from .rows import join_rows, read_rows
@@ -32,14 +31,14 @@ KVASIR = {  # its terms and citation are in templates/model_card.md
     normal-z-line polyps ulcerative-colitis""".split(),
     "images_per_class": 1000,
 }
-ARCHIVES = tuple(".zip .tar .tgz .tbz2 .txz .gz .bz2 .xz .zst .rar .7z".split())
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz")
 
 
 def fail(problem: OSError) -> NoReturn:
     """Raise: `os.walk` passes over folders that cannot be read."""
-    if not isinstance(problem, PermissionError):
-        raise problem
-    need_access(problem.filename)
+    if isinstance(problem, PermissionError):
+        need_access(problem.filename)
+    raise problem
 
 
 def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -60,12 +59,14 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
                 continue
             path = os.path.join(root, name)
             reason = judge(path, endings)
-            if reason is None and name.lower().endswith(ARCHIVES):
+            if reason is None and name.lower().endswith(UNREAD):
+                reason = "archives: unpack them"
+            elif reason is None and name.lower().endswith(ARCHIVES):
                 reason = "archives: give one as --data_url, or unpack them"
             if reason == "" and not os.path.isfile(path):
-                reason = "dead links or not files"
-            elif reason == "" and re.search("::|://|[\ud800-\udfff]", path):  # taken for a URL, or not UTF-8
-                reason = "with a name that `datasets` cannot take"
+                reason = "broken links or special files"
+            elif reason == "" and re.search(f"::|://|{NO_TEXT}", path):  # taken for a URL, or not UTF-8
+                reason = "names that `datasets` cannot take"
             if reason:
                 left_out[path] = reason
             elif reason is not None:
@@ -81,11 +82,11 @@ def find_images(folder: Path, settings: Settings) -> tuple[pd.DataFrame, dict[st
     both say something, the table counts. Raises SystemExit where labels are missing or unclear.
     """
     paths, left_out = list_images(folder)
-    left_out = {os.path.relpath(path, folder): reason for path, reason in left_out.items()}
+    left_out = {below(path, folder): reason for path, reason in left_out.items()}
     if not paths:
         found = f"; {len(left_out)} files left out: {summary(left_out.values())}" if left_out else ""
         stop(f"no images in {folder}{found}", "give a folder that holds one folder for each class")
-    files = sorted(Path(os.path.relpath(path, folder)).as_posix() for path in paths)
+    files = sorted(below(path, folder) for path in paths)
     rows, more = read_rows(files, folder, settings)
     left_out |= more
     named = [file for file in files if file not in more]
@@ -108,10 +109,10 @@ def plain_names(labels: Iterable[str]) -> list[str]:
     """Return labels in NFC. Raises SystemExit if two differ only in form, case or outer blanks."""
     looks = {}
     for label in sorted(set(labels)):
-        look = unicodedata.normalize("NFC", label).casefold().strip()
+        look = folded(label).strip()
         if (other := looks.setdefault(look, label)) != label:
             stop(f"the classes {other!r} and {label!r} have the same name", "rename one, or join the two")
-    return composed(labels)
+    return [nfc(label) for label in labels]
 
 
 def summary(reasons: Iterable[str]) -> str:
@@ -137,17 +138,17 @@ def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, list[str]]:
 def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
     """Return the table as a `Dataset`, with `label` a ClassLabel of the sorted names.
 
-    `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing, and on an only
-    class.
+    `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing, or if
+    there is only one class.
     """
     images = images.cast_column("image", datasets.Image(decode=False))
-    files = {Path(os.path.relpath(image["path"], folder)).as_posix() for image in images["image"]}
+    files = {below(image["path"], folder) for image in images["image"]}
     if lacking := sorted(set(table["file"]) - files):
         stop(f"`datasets` does not take {lacking[0]}", "rename it")
     names = sorted(set(table["label"]))
     if len(names) < 2:
         inside, remedy = folder / names[0], "give a folder that holds one folder for each class"
-        if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir()):
+        if inside.is_dir() and any(entry.is_dir() for entry in visible(inside)):
             remedy = f"give --data_dir {inside}"
         stop(f"{folder} holds one class only: {names[0]}", remedy)
     return as_dataset(table, names)
@@ -175,17 +176,17 @@ def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dic
     folder = Path(work.settings.external_dir).resolve()
     images, left_out = load_folder(folder, Settings(group_by="none"), work.cache)
     names = images.features["label"].names
-    inner = {*composed(file.split("/")[-2] for file in images["file"] if "/" in file)}
+    inner = {nfc(file.split("/")[-2]) for file in images["file"] if "/" in file}
     if not set(names) & set(class_names) and inner & set(class_names):  # in folders of patients, perhaps
         images, left_out = load_folder(folder, Settings(group_by="parent"), work.cache)
         names = images.features["label"].names
     table = images.to_pandas().assign(label=[names[label] for label in images["label"]])
     known = table["label"].isin(class_names)
     if not known.any():
-        theirs = f"no class of {folder} is named like ours: {', '.join(names[:5])}"
-        stop(theirs, f"rename them: ours are {', '.join(class_names)}")
+        theirs = f"no class of {folder} is named like ours: {listed(names, 5)}"
+        stop(theirs, f"rename them: ours are {listed(class_names)}")
     if unknown := sorted(set(table["label"][~known])):
-        log.warning("left out of %s: classes that the model does not know: %s", folder, ", ".join(unknown))
+        log.warning("left out of %s: classes that the model does not know: %s", folder, listed(unknown))
     return as_dataset(table[known], class_names), left_out
 
 

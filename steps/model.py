@@ -26,8 +26,8 @@ def draw_head(model: PreTrainedModel, loading: dict[str, Any], checkpoint: str, 
     bare = unnamed and "classifier.weight" in loading["missing_keys"]
     known = names == model.config.id2label and not bare
     if unnamed and not known and "classifier.weight" not in drawn:
-        what = f"{checkpoint} has a head for {len(names)} classes without names, and a new one is made"
-        remedy = "to keep it, write your classes into the id2label of its config.json, in its order"
+        what = f"the {len(names)} classes of the head in {checkpoint} have no names, so a new head is made"
+        remedy = "to keep the old one, name them in order in id2label of its config.json"
         log.warning("warning: %s; %s", what, remedy)
     if lacking := sorted(name for name in drawn if known or not name.startswith(HEAD)):
         text = f"the weights in {checkpoint} are not those of its config.json: {lacking[0]} is missing"

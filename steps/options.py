@@ -10,9 +10,9 @@ METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
 
 
-def setting(default: Any, help: str, metavar: str = "", **options: Any) -> Any:
+def setting(default: Any, help: str, metavar: str = "") -> Any:
     """Return a field of `Settings`: its default, its line in --help, the name of its value there."""
-    return field(default=default, metadata={"help": help, "metavar": metavar} | options)
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Settings:
     predict: list[str] | None = setting(None, "Do not train: classify images, folders, archives.", "PATH ...")
     predictions_file: str | None = setting(None, "CSV file for the answers of --predict.", "FILE")
     demo: bool = setting(False, "Do not train: open a web page to try the model.")
-    demo_share: bool = setting(False, "With --demo: also a public link, for whoever has it.")
+    demo_share: bool = setting(False, "With --demo: also make a public link.")
     arguments: list[str] = field(default_factory=list, init=False)  # as given, without the token
 
 

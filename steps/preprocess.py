@@ -29,11 +29,11 @@ from transformers import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import load_image
 
-from . import formats
+from . import image_formats
 from .architectures import pixel_shape
 from .console import bars_wanted, log, retry, show_images, stop
-from .files import may_read, need_space, read_table, remove, write_json, write_table
-from .formats import DEEP, LOCKED, judge, judge_content, readable_endings, sample_bits
+from .files import may_use, need_space, printable, read_table, remove, write_json, write_table
+from .image_formats import DEEP, LOCKED, judge, judge_content, readable_endings, sample_bits
 from .load import summary
 from .rows import REPEATED, WITHOUT_IMAGE
 
@@ -81,8 +81,8 @@ def cache_key(images: Dataset, folder: Path, processor: BaseImageProcessor) -> s
     """Return 16 hex digits of all that decides the pixels: files, labels, processor, code, versions."""
     stats = [(folder / file).stat() for file in images["file"]]
     sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
-    locked = [file for file in images["file"] if not may_read(folder / file)]
-    code = [inspect.getsource(step) for step in (decode_file, read_rgb, is_huffman, resize, formats)]
+    locked = [file for file in images["file"] if not may_use(folder / file)]
+    code = [inspect.getsource(step) for step in (decode_file, read_rgb, is_huffman, resize, image_formats)]
     for name in DECODERS:
         with suppress(importlib.metadata.PackageNotFoundError):  # some are optional
             code.append(f"{name} {importlib.metadata.version(name)}")
@@ -193,7 +193,7 @@ def keep_readable(images: Dataset, left_out: dict[str, str], path: Path) -> Data
     files = images["file"][:]
     left_out = left_out | {files[row]: errors[row] for row in np.flatnonzero(errors != "")}
     if left_out:
-        names = [name.encode("utf-8", "backslashreplace").decode() for name in left_out]
+        names = [*map(printable, left_out)]
         table = pd.DataFrame({"file": names, "reason": list(left_out.values())})
         if not path.exists() or not read_table(path, table).equals(table):
             write_table(path, table)

@@ -110,7 +110,7 @@ def read_back(name: str, commit: str, tested: pd.DataFrame, device: Any) -> dict
             fetch = functools.partial(hub.snapshot_download, name, revision=commit, cache_dir=empty)
             folder = retry(fetch, when=may_pass)
             classifier = transformers.pipeline("image-classification", folder, device=device)
-            answers = classifier(rows["path"].tolist(), top_k=1000)
+            answers = classifier(rows["path"].tolist(), top_k=classifier.model.config.num_labels)
     except Exception as problem:
         text = f"{name} was pushed, but cannot be read back: {explain(problem)}"
         stop(text, "run the same command again to check it")

@@ -39,8 +39,8 @@ def public(value: Any) -> Any:
 def plain_text(name: str) -> str:
     """Return a name as Markdown that shows it as it is, also in a table.
 
-    Whatever Markdown, HTML or mathematics could take for its own becomes an entity such as &#124;, which they
-    never do. The _ in a_word stays.
+    Signs of Markdown, HTML or TeX become entities such as &#124;, which always show as text. The _ in a_word
+    stays.
     """
     return SPECIAL.sub(lambda found: f"&#{ord(found[0])};", name)
 
@@ -143,7 +143,9 @@ def make_space(space: Path, class_names: list[str], model: str = "", revision: s
         for name in files.keys() & set(class_names):
             (space / "examples").mkdir(parents=True, exist_ok=True)
             (space / "examples" / f"{name}.jpg").write_bytes(sample.read(files[name]))
-    write_text(space / "requirements.txt", "torch>=2.6\ntransformers>=5\npillow>=10.3\n")
+    lines = (HERE.parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if line.startswith(("torch>", "transformers>", "pillow>"))]
+    write_text(space / "requirements.txt", "\n".join(wanted) + "\n")
     header = {"title": Path(model).name or "Classifier", "sdk": "gradio", "app_file": "app.py"}
     header |= {"models": [model]} if model else {}
     write_text(space / "README.md", f"---\n{yaml.safe_dump(header)}---\n\nMade by `finetune_vit.py`.\n")

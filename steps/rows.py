@@ -7,7 +7,7 @@ from typing import NoReturn
 import pandas as pd
 
 from .columns import SPLIT_WORDS, choose_columns, find_columns, plain
-from .console import log, stop
+from .console import listed, log, stop
 from .layouts import read_splits
 from .options import Settings
 from .tables import Table, called_like_folder, find_tables, index_files, match, parts_of
@@ -123,7 +123,7 @@ def choose_roles(table: Table, files: list[str], settings: Settings) -> dict[str
     if splits and not settings.split_column_name:
         values = set(table.cells[splits[0]].str.casefold())
         if not values & SPLIT_WORDS.keys():
-            log.warning("warning: %s is no split: it holds %s", splits[0], ", ".join(sorted(values)[:3]))
+            log.warning("warning: %s is no split: it holds %s", splits[0], listed(sorted(values), 3))
             splits = []
     columns = {"label": labels, "split": splits, "group": choose_columns("group", others, settings)}
     return {role: names for role, names in columns.items() if names}
@@ -233,8 +233,8 @@ def join_rows(table: pd.DataFrame, rows: pd.DataFrame, left_out: dict[str, str])
         why = "images whose row and folder name different classes"
         left_out |= dict.fromkeys(rows.index[against], why)
         if folders.nunique() > 1 and not set(folders) & {*labels}:
-            names = ", ".join(sorted(set(folders.dropna()))[:3])
-            text = "warning: the labels are those of the table; the folders (%s …) are no classes then"
+            names = listed(sorted(set(folders.dropna())), 3)
+            text = "warning: the labels are those of the table; the folders (%s) are no classes then"
             log.warning(text, names)
     table = rows.where(rows != "").combine_first(table).fillna("")
     for name in ("label", "split"):

@@ -141,11 +141,10 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     """Return {"value", "low", "high"} of the expected calibration error without what chance adds to it.
 
-    Arrays (n,). A calibrated model of 72 images, too, measures 0.1: the share of right answers in a bin is
-    never quite the expected one, and a bootstrap adds as much again. So a true error is supposed, spread over
-    the bins as the measured one is; right answers are drawn from it (Bröcker and Smith 2007, doi
-    10.1175/WAF993.1), images of a group together as much as here; and `value`, `low` and `high` are those
-    true errors for which what was measured is the median, the 97.5th and the 2.5th percentile of the draws.
+    Arrays (n,). By chance alone a calibrated model measures 0.1 on 72 images, and a bootstrap adds as much
+    again. So a true error is assumed, spread over the bins like the measured one. Right answers are drawn
+    from it (Bröcker and Smith 2007, doi 10.1175/WAF993.1), as much correlated in groups as here. With
+    `value`, `low` and `high` the measured error is the median, the 97.5th and the 2.5th percentile of draws.
     """
     measured, n = calibration_error(confidence, right), len(right)
     group, gap = np.unique(groups, return_inverse=True)[1], right - confidence

@@ -79,8 +79,8 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
     settings.arguments = without_token(arguments)
     plain_paths(settings, training)
     check_settings(settings, training)
+    keep_caches(settings)  # before the Trainer is tried, which imports `datasets`
     check_training(training)
-    keep_caches(settings)
     bear_lack_of_locks()
     return settings, training
 
@@ -131,8 +131,8 @@ def refuse_unfit(given: argparse.Namespace, parser: Parser) -> None:
         if (getattr(given, name) or None) != (parser.get_default(name) or None):
             stop(f"--{name} would change what is evaluated, or what a run can go on from", "leave it out")
     if given.do_train is False or (not given.do_train and (given.do_eval or given.do_predict)):
-        remedy = "to evaluate alone give --num_train_epochs 0 --linear_probe false, else add --do_train"
-        stop("--do_eval or --do_predict without --do_train asks for no training", remedy)
+        remedy = "to train, add --do_train; to evaluate only, --num_train_epochs 0 --linear_probe false"
+        stop("--do_train false, or --do_eval or --do_predict alone, ask for no training", remedy)
 
 
 def suit_hardware(given: argparse.Namespace) -> dict[str, Any]:

@@ -146,11 +146,10 @@ def warn_of_shares(images: Dataset, split: np.ndarray, groups: pd.Series, shares
     for name, size in shares.items():
         counts = np.bincount(labels[split == name], minlength=len(names))
         far = np.abs(counts - size * total) > np.maximum(0.02 * total, 1)
-        for those, reason in ((in_groups, "whole groups"), (~in_groups, "classes of so few images")):
+        for those, reason in ((in_groups, "groups are kept whole"), (~in_groups, "too few images")):
             if held := [f"{names[i]} {counts[i] / total[i]:.0%}" for i in np.flatnonzero(far & those)]:
-                log.warning(
-                    "warning: %s cannot give %s its %.0f%%: %s", reason, name, 100 * size, listed(held)
-                )
+                text = "warning: %s should hold %.0f%% of each class (%s), but holds: %s"
+                log.warning(text, name, 100 * size, reason, listed(held))
 
 
 def kept_whole(groups: pd.Series, settings: Settings) -> np.ndarray:

@@ -6,11 +6,15 @@ from collections.abc import Collection, Iterable
 from .columns import SPLIT_WORDS
 
 # Words in the names of folders that hold images of all classes, masks of them, or a part of them.
-IMAGE_WORDS = """image images img imgs input inputs data photo photos picture pictures frame frames original
-originals jpegimages scan scans""".split()
-MASK_WORDS = """mask masks annotation annotations groundtruth ground truth gt segmentation segmentations
-trimap trimaps label labels contour contours""".split()
-PART_WORDS = [*"part parts batch chunk fold shard".split(), *IMAGE_WORDS, *SPLIT_WORDS]
+IMAGE_WORDS = set(
+    """image images img imgs input inputs data photo photos picture pictures frame frames original originals
+    jpegimages scan scans""".split()
+)
+MASK_WORDS = set(
+    """mask masks annotation annotations groundtruth ground truth gt segmentation segmentations trimap trimaps
+    label labels contour contours""".split()
+)
+PART_WORDS = IMAGE_WORDS | SPLIT_WORDS.keys() | {"part", "parts", "batch", "chunk", "fold", "shard"}
 MASK = re.compile(r"(.+?)[ _-](mask|seg|segmentation|gt|groundtruth|annotation|label)s?([ _-]?\d+)?", re.I)
 
 
@@ -25,13 +29,14 @@ def looks_like(names: Collection[str]) -> str:
     humps = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name) for name in names}  # trainImages
     words = {name: re.findall(r"[^\W\d_]+", hump.casefold()) for name, hump in humps.items()}
     common = set.intersection(*map(set, words.values()))
-    own = {name: {*words[name]} - common - {*IMAGE_WORDS} for name in names}
+    own = {name: {*words[name]} - common - IMAGE_WORDS for name in names}
+    told = set().union(*own.values())
     plain_splits = all(name.casefold() in SPLIT_WORDS for name in names)
-    if all(own.values()) and set().union(*own.values()) <= SPLIT_WORDS.keys() and not plain_splits:
+    if all(own.values()) and told <= SPLIT_WORDS.keys() and not plain_splits:
         return "splits"
-    masks = {name for name in names if own[name] & {*MASK_WORDS}}
-    images = {name for name in names if {*words[name]} & {*IMAGE_WORDS, *SPLIT_WORDS}} - masks
-    known = set().union(*own.values()) <= {*MASK_WORDS, *SPLIT_WORDS}
+    masks = {name for name in names if own[name] & MASK_WORDS}
+    images = {name for name in names if {*words[name]} & (IMAGE_WORDS | SPLIT_WORDS.keys())} - masks
+    known = told <= MASK_WORDS | SPLIT_WORDS.keys()
     if known and masks and images and masks | images == set(names):
         return "masks"
     shapes = {re.sub(r"\d+", "0", name) for name in names}

@@ -4,18 +4,16 @@ import codecs
 import io
 import json
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from .archives import HIDDEN
+from .columns import TABLES
 from .console import log, stop
+from .files import HIDDEN, nfc, visible
 from .options import Settings
-
-KINDS = (".csv", ".tsv", ".jsonl", ".parquet")  # imagefolder's metadata.* has these, too
 
 
 @dataclass
@@ -34,7 +32,7 @@ def find_tables(folder: Path, settings: Settings) -> list[Table]:
     Raises SystemExit if there is no table where one was asked for, or it cannot be read.
     """
     found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}metadata.*")]
-    found = sorted(path.relative_to(folder) for path in found if path.suffix.lower() in KINDS)
+    found = sorted(path.relative_to(folder) for path in found if path.suffix.lower() in TABLES)
     found = [path for path in found if not any(part.startswith(HIDDEN) for part in path.parts)]
     if settings.metadata:
         for place in (Path(), folder, *folder.parents):  # in an archive, it lies around the class folders
@@ -43,7 +41,7 @@ def find_tables(folder: Path, settings: Settings) -> list[Table]:
                     log.warning("warning: not used beside --metadata: %s", others[0])
                 return [Table(read_table(path), path.name, "", True)]
         stop(f"--metadata {settings.metadata} is not a file, here or in {folder}", "give the path of a table")
-    others = {path.name for path in folder.iterdir() if path.suffix.lower() in (*KINDS, ".xlsx")}
+    others = {path.name for path in visible(folder) if path.suffix.lower() in (*TABLES, ".xlsx")}
     for name in sorted(others - set(map(str, found))):
         log.warning("warning: %s is not used: if it tells of the images, give --metadata", name)
     asked = [name for name, value in vars(settings).items() if name.endswith("_column_name") and value]
@@ -100,15 +98,14 @@ def decode(content: bytes, path: Path) -> str:
 
 def parts_of(name: str) -> list[str]:
     """Return the folders and the file of a path as people write it, in NFC."""
-    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    parts = nfc(name).replace("\\", "/").split("/")
     return [part for part in parts if part not in ("", ".")]
 
 
 def index_files(files: Iterable[str], base: str) -> dict[str, str]:
     """Return {"/" + path below `base`: file} and {end of it, with or without ending: file}.
 
-    A path or end that several files share means "": cells of tables have neither outer blanks nor the form
-    of their letters.
+    Keys that several files share give "". Outer blanks and Unicode forms are ignored, as in cells of tables.
     """
     known = {}
     for file in files:
@@ -131,7 +128,7 @@ def match(name: str, known: dict[str, str]) -> str:
 
     It may be a whole path, lack folders or its ending, or have more folders in front, as on another machine.
     """
-    parts = parts_of(name.strip())
+    parts = parts_of(name)
     keys = ["/" + "/".join(parts), "/".join(parts)]
     keys += ["/" + "/".join(parts[start:]) for start in range(1, len(parts))]
     return next((known[key] for key in keys if key in known), "")

@@ -23,8 +23,8 @@ from .archive_formats import is_archive
 from .archives import unpack
 from .console import MAIN, first_line, log, progress, show, stop
 from .environment import same_value
-from .files import PREFIX, atomic, csv_options, probability_columns, read_json
-from .formats import judge, readable_endings
+from .files import PREFIX, atomic, csv_options, printable, probability_columns, read_json
+from .image_formats import judge, readable_endings
 from .load import list_images, summary
 from .model import normalise_on_device
 from .options import VIT_BASE, Settings
@@ -50,7 +50,7 @@ def show_commands(output_dir: str) -> None:
 
 
 def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[str]]:
-    """Return the name of a fine-tuned model, and its classes, kept apart. SystemExit if there is none."""
+    """Return the name of a fine-tuned model and its classes, no two alike. SystemExit if there is none."""
     record = read_json(output_dir / "settings.json").get("settings", {})
     made = VIT_BASE, record.get("model_name_or_path")
     own = any(same_value(settings.model_name_or_path, pretrained) for pretrained in made)
@@ -116,11 +116,6 @@ def find_inputs(paths: list[str]) -> Iterator[dict[str, Path]]:
         yield found
 
 
-def printable(path: Path) -> str:
-    """Return a path as text that can be written in UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
 def decode_ahead(files: list[Path], processor: BaseImageProcessor, size: int) -> Iterator[list[dict]]:
     """Yield what `decode_file` makes of `files`, `size` at a time, while all cores work on the next ones."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -140,7 +135,7 @@ def classify(
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Yield tables of file, prediction, a probability per class, and error: why a file cannot be read.
 
-    The columns of the probabilities are called p_ and the class, as in a run's predictions.csv.
+    The column of a class's probability is p_CLASS, as in a run's predictions.csv.
     """
     names, classes = list(inputs), classes_of(model.config)
     collate = Collator(pixel_shape(processor))

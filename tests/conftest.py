@@ -35,7 +35,7 @@ from steps.architectures import pixel_shape
 from steps.download import fetch_images
 from steps.duplicates import Scenes
 from steps.files import probability_columns
-from steps.formats import register
+from steps.image_formats import readable_endings, register
 from steps.load import load_folder
 from steps.options import Settings
 from steps.preprocess import keep_readable, prepare_pixels
@@ -114,7 +114,15 @@ def make_images(tmp_path):
 
 
 @pytest.fixture
-def bare_pillow(monkeypatch):
+def fresh_endings():
+    """Let the endings that Pillow reads be found anew, by a test that changes Pillow and after it."""
+    readable_endings.cache_clear()
+    yield
+    readable_endings.cache_clear()
+
+
+@pytest.fixture
+def bare_pillow(monkeypatch, fresh_endings):
     """Pillow as it is where neither pydicom nor pillow-heif is installed."""
     register()  # or it would come back
     for kind in ("DICOM", "HEIF"):

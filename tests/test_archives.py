@@ -92,7 +92,7 @@ HOSTILE = {
     "twice": ([("a/0.jpg", b"x"), ("a/0.jpg", b"y")], "have the same name"),
     "file and folder": ([("a", b"x"), ("a/0.jpg", b"y")], "cannot unpack"),
     "our own name": ([("a/0.jpg", b"x"), (".archive.json/0.jpg", b"y")], "cannot unpack"),
-    "long": ([("a/" * 3000 + "0.jpg", b"x")], "a name of 6,005 characters"),
+    "long": ([("a/" * 3000 + "0.jpg", b"x")], "a name has 6,005 characters"),
     "bomb": ([("a/0.bmp", ZEROS), ("a/1.bmp", ZEROS), ("a/2.bmp", ZEROS)], "unpacks to more than"),
 }
 
@@ -161,13 +161,13 @@ def test_names_in_zips_are_what_their_maker_meant(tmp_path, caplog, case):
     unpack(tmp_path / "a.zip", tmp_path / "a", {})
     files = [path for path in (tmp_path / "a").rglob("*") if path.is_file() and path.name != ".archive.json"]
     assert [path.relative_to(tmp_path / "a").as_posix() for path in files] == [name]
-    assert ("read as cp437, such as" in caplog.text) == guessed
+    assert ("read as cp437, for example" in caplog.text) == guessed
 
 
 def test_many_guessed_names_are_said_once(tmp_path, caplog):
     write_raw_zip(tmp_path / "a.zip", [f"ü/{i}.jpg".encode("cp1254") for i in range(50)])
     unpack(tmp_path / "a.zip", tmp_path / "a", {})
-    assert caplog.text.count("cp437") == 1 and "50 names" in caplog.text and "'ⁿ/0.jpg'" in caplog.text
+    assert caplog.text.count("cp437") == 1 and "50 of its names" in caplog.text and "'ⁿ/0.jpg'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,7 @@ def blocks(content):
     return content + bytes(-len(content) % 512)
 
 
+BAD_HEADER = "one of its headers is damaged"
 REDOS = b"0" * (200 << 10)  # CVE-2024-6232
 LONG_NUMBER = record("a=" + "0" * (200 << 10))
 QUADRATIC = b"2 " * (200 << 10) + b"="
@@ -210,10 +211,10 @@ MEGABYTES = {
     "4 GB that are not there": (tar_header("x", 4 << 30, b"x"), "headers are too long"),
     "pax": (tar_header("x", 2 << 20, b"x") + bytes(2 << 20), "headers are too long"),
     "many": ((tar_header("x", 900 << 10, b"g") + bytes(900 << 10)) * 2, "headers are too long"),
-    "digits": (tar_header("x", len(REDOS), b"x") + blocks(REDOS), "header of it is damaged"),
-    "a number": (tar_header("x", len(LONG_NUMBER), b"x") + blocks(LONG_NUMBER), "header of it is damaged"),
-    "short records": (tar_header("x", len(QUADRATIC), b"x") + blocks(QUADRATIC), "header of it is damaged"),
-    "behind": (bytes(80 << 20), "more than 64 MB lie behind its end"),
+    "digits": (tar_header("x", len(REDOS), b"x") + blocks(REDOS), BAD_HEADER),
+    "a number": (tar_header("x", len(LONG_NUMBER), b"x") + blocks(LONG_NUMBER), BAD_HEADER),
+    "short records": (tar_header("x", len(QUADRATIC), b"x") + blocks(QUADRATIC), BAD_HEADER),
+    "behind": (bytes(80 << 20), "more than 64 MB follow its end"),
 }
 
 
@@ -285,11 +286,11 @@ def deflate64(path):
 
 
 UNREAD = {
-    "encrypted": (encrypted, "it is encrypted; unpack it by other means, and give the folder"),
-    "deflate64": (deflate64, "compression .*; unpack it by other means, and give the folder"),
-    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "it is a 7z archive; unpack it by other means"),
-    "rar": (b"Rar!\x1a\x07\0" + bytes(50), "it is a RAR archive; unpack it by other means"),
-    "zeros": (bytes(10240), "it is no zip or tar archive"),
+    "encrypted": (encrypted, "it is encrypted; unpack it with another program and give the folder"),
+    "deflate64": (deflate64, "compression .*; unpack it with another program and give the folder"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "it is a 7z archive; unpack it with another program"),
+    "rar": (b"Rar!\x1a\x07\0" + bytes(50), "it is a RAR archive; unpack it with another program"),
+    "zeros": (bytes(10240), "it is damaged, or not a zip or tar archive"),
 }
 
 

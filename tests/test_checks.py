@@ -53,10 +53,14 @@ BAD = [
     ),
     (
         ["--do_eval"],
-        "asks for no training; to evaluate alone give --num_train_epochs 0 --linear_probe false",
+        "--do_train false, or --do_eval or --do_predict alone, ask for no training; to train, add --do_train; "
+        "to evaluate only, --num_train_epochs 0 --linear_probe false$",
     ),
-    (["--do_train", "false", "--do_eval"], "without --do_train asks for no training"),
-    (["--do_train=false"], "without --do_train asks for no training"),
+    (
+        ["--do_train", "false", "--do_eval"],
+        "--do_train false, or --do_eval or --do_predict alone, ask for no training",
+    ),
+    (["--do_train=false"], "--do_train false, or --do_eval or --do_predict alone, ask for no training"),
     (["--bf16", "--fp16"], "fp16 and bf16"),
     (["--seed"], "seed.*expected"),
     (["nonsense"], "unknown argument nonsense"),
@@ -142,7 +146,10 @@ BAD_URLS = [
     ("ftp://host/x.zip", "is not a file"),
     (str(ROOT), "is not a file"),
     ("file:///no/such.zip", "is not a file"),
-    ("http://host/x.7z", "x.7z is no zip or tar archive; unpack it by other means, and give the folder"),
+    (
+        "http://host/x.7z",
+        "x.7z is not a zip or tar archive; unpack it with another program and give the folder",
+    ),
     ("http://host/", "names no archive; give the URL"),
     ("http://host/a%00.zip", "names no archive"),
     ("http://a..b/x.zip", "is no URL: "),

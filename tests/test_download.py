@@ -184,24 +184,24 @@ def test_length_may_be_unknown(tmp_path, server):
 
 
 @pytest.mark.parametrize(
-    "faults, message, requests",
+    "faults, message, remedy, requests",
     [
-        ([403], "403", 1),
-        ([404], "404", 1),
-        ([500] * 9, "500", 6),
-        (["html"], "a web page, not an archive", 1),
-        (["short"], "is no zip or tar archive", 1),
-        (["long"] * 9, "416", 6),
+        ([403], "403", "save it as", 1),
+        ([404], "404", "download it yourself to", 1),
+        ([500] * 9, "500", "download it yourself to", 6),
+        (["html"], "a web page, not an archive", "save it as", 1),
+        (["short"], "is not a zip or tar archive", "put a zip or tar archive at", 1),
+        (["long"] * 9, "416", "download it yourself to", 6),
     ],
     ids=str,
 )
-def test_what_does_not_pass_is_one_line(tmp_path, server, waits, faults, message, requests):
+def test_what_does_not_pass_is_one_line(tmp_path, server, waits, faults, message, remedy, requests):
     server.faults = faults
     with pytest.raises(SystemExit) as stopped:
         locate_images(Settings(data_url=server.url, data_root=str(tmp_path / "data")))
     line = str(stopped.value)
     assert server.url in line and message in line and "\n" not in line
-    assert f" at {tmp_path / 'data' / 'endoscopy.zip'}" in line
+    assert line.endswith(f" {remedy} {tmp_path / 'data' / 'endoscopy.zip'}")
     assert len(server.requests) == requests and left_over(tmp_path / "data") == []
 
 
@@ -300,9 +300,9 @@ def test_an_archive_that_says_it_is_a_page_is_taken(tmp_path, server):
 
 
 REFUSED = {  # url, what the server or the proxy answers: message, remedy
-    "login": (None, 401, "HTTP Error 401", "it may want a login: fetch it in a browser"),
-    "page": (None, "html", "a web page", "it may want a login: fetch it in a browser"),
-    "nowhere": (None, 404, "HTTP Error 404", "check the URL, or put the file by other means at"),
+    "login": (None, 401, "HTTP Error 401", "it may need a login: download it in a browser"),
+    "page": (None, "html", "a web page", "it may need a login: download it in a browser"),
+    "nowhere": (None, 404, "HTTP Error 404", "check the URL, or download it yourself to"),
     "drive": (
         "http://drive.google.com/file/d/1/view",
         "html",
@@ -338,7 +338,7 @@ def test_what_running_again_cannot_help_is_said_so(tmp_path, server, waits, monk
 )
 def test_a_proxy_that_cannot_be_used_is_named_without_its_password(tmp_path, monkeypatch, caplog, proxy):
     monkeypatch.setenv("http_proxy", proxy)
-    with pytest.raises(SystemExit, match="the proxy in http_proxy is not one of HTTP; set it to") as stopped:
+    with pytest.raises(SystemExit, match="^error: http_proxy is not an HTTP proxy; set it to") as stopped:
         locate_images(Settings(data_url="http://host.invalid/a.zip", data_root=str(tmp_path)))
     assert "hidden" not in str(stopped.value) + caplog.text
 

@@ -96,7 +96,7 @@ def test_what_a_home_cannot_keep_goes_into_data_root(no_home, caplog):
     assert {name: os.environ[name] for name in CACHES} == {n: str(kept / path) for n, path in CACHES.items()}
     assert huggingface_hub.constants.HF_HUB_CACHE == str(kept / "hub")
     assert huggingface_hub.constants.HF_HOME == str(kept) and os.environ["MPLCONFIGDIR"].startswith(str(kept))
-    assert len(caplog.messages) == 1 and "cannot be written" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("cannot write to ")
     assert not (no_home / "data").exists()  # nothing is made before it is needed
 
 
@@ -137,7 +137,7 @@ def test_a_file_stands_in_for_a_lock_that_the_disk_lacks(tmp_path, no_locks, cap
         with pytest.raises(filelock.Timeout):
             filelock.SoftFileLock(tmp_path / ".lock-holder", timeout=0).acquire()
     assert not (tmp_path / ".lock-holder").exists()
-    assert len(caplog.messages) == 1 and "has no locks (no locks here)" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "no file locks on a disk (no locks here)" in caplog.messages[0]
 
 
 def test_a_holder_that_was_killed_holds_nothing(tmp_path, no_locks):

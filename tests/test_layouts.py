@@ -194,7 +194,7 @@ REFUSED = {  # what is there: what the error says
     ),
     "images and masks": (
         ["cat/images/a", "cat/masks/b", "dog/images/c", "dog/masks/d"],
-        "of the folders images, masks some look like masks of images, .*; move the masks away; if no class",
+        "some of the folders images, masks look like masks, not classes; move the masks away; without class",
     ),
     "grades that hold the same": (
         ["grade0/left/a", "grade0/right/b", "grade1/left/c", "grade1/right/d"],
@@ -249,11 +249,11 @@ REFUSED = {  # what is there: what the error says
     ),
     "parts with a folder in each": (
         [f"images_{number:03}/images/{number}" for number in range(12)],
-        "the folders images_000, images_001, images_002 … look like parts",
+        "the folders images_000, images_001, images_002 and 9 more look like parts",
     ),
     "images beside masks": (
         ["images/1 2", "masks/1 2"],
-        "of the folders images, masks some look like masks .* a table: --metadata FILE.csv; if they are cl",
+        "some of the folders images, masks look like masks, .* a table: --metadata FILE.csv; if they are cl",
     ),
     "a folder beside its table": (
         ["pictures/1 2", "/labels.csv"],
@@ -361,9 +361,9 @@ def test_folders_that_look_like_something_else_are_classes_if_someone_says_so(tm
     table, _ = find_images(fill(tmp_path, names), Settings(group_by="none"))
     assert set(table["label"]) == {"masks", "images"}
     assert caplog.messages == [
-        "warning: of the folders images, masks some look like masks of images, not like classes",
-        "warning: 2 images look like masks of others, such as images/1_mask.png of images/1.jpg: move them "
-        "away, or they are learned as images",
+        "warning: some of the folders images, masks look like masks, not classes",
+        "warning: 2 images look like masks, such as images/1_mask.png (of images/1.jpg); move them away, or "
+        "the model learns them",
     ]
 
 

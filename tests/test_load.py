@@ -242,9 +242,9 @@ def test_a_folder_of_other_kinds_of_images_says_which(tmp_path, make_images, bar
     with pytest.raises(SystemExit, match="^error: no images in .*images; .+; give a folder that") as stopped:
         find_images(folder, Settings())
     line = str(stopped.value)
-    named = {".dcm": "DICOM files, which are read after `pip install pydicom`"}
-    named |= {".heic": "HEIC files, which are read after `pip install pillow-heif`"}
-    says = named.get(ending, f"{ending.lower()} files, which Pillow does not read here")
+    named = {".dcm": "DICOM: needs `pip install pydicom`"}
+    named |= {".heic": "HEIC: needs `pip install pillow-heif`"}
+    says = named.get(ending, f"{ending.lower()}: Pillow cannot read it")
     assert says in line and "txt" not in line
     assert re.search(r"\b6\b", line.split(";")[1]) and "\n" not in line  # how many
 

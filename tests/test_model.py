@@ -197,7 +197,8 @@ def test_a_head_whose_classes_have_no_names(tmp_path, tiny_vit, processor, caplo
     )["make_model"](str(tmp_path))
     kept = head and names[0] == "LABEL_0"
     assert new_head is not kept and torch.equal(model.classifier.weight, weight) is kept
-    said = "has a head for 3 classes without names, and a new one is made; to keep it, write" in caplog.text
+    line = f"the 3 classes of the head in {tmp_path} have no names, so a new head is made; to keep the old"
+    said = line in caplog.text
     assert said is (head and not kept)
 
 

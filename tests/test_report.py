@@ -475,13 +475,13 @@ def test_page_names_its_addresses(served, capsys):
     served(False, None)
     served(True, "https://x.gradio.live")
     here = "page: http://127.0.0.1:1/"
-    lines = [here, f"{here} and, for whoever knows it, https://x.gradio.live"]
+    lines = [here, f"{here}, public link: https://x.gradio.live"]
     assert capsys.readouterr().out.splitlines() == lines
 
 
 @pytest.mark.parametrize("share, answer, said", [
     (True, None, "error: Gradio's server gave no public link; check the network"),
-    (False, OSError("Cannot find empty port in range: 7860-7860.\nMore"), "range: 7860-7860.; mend that"),
+    (False, OSError("Cannot find empty port in range: 7860-7860.\nMore"), "range: 7860-7860.; fix that"),
     (False, ValueError("When localhost is not accessible"), "cannot be opened: When localhost"),
 ])  # fmt: skip
 def test_page_that_cannot_be_opened_is_one_line(served, share, answer, said):

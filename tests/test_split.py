@@ -116,7 +116,7 @@ def test_groups_too_large_for_the_shares_are_a_warning(images, tmp_path, caplog)
     scenes = grouped(images, [0] * 150 + list(range(1, 198)))  # 150 of 200 images of class a
     with caplog.at_level(logging.WARNING, "finetune_vit"):
         split_images(images, scenes, work_in(tmp_path, Settings(test_size=0.4)))
-    assert "whole groups cannot give train its 45%" in caplog.text and "a 75%" in caplog.text
+    assert "train should hold 45% of each class (groups are kept whole), but holds: a 75%" in caplog.text
     assert "few images" not in caplog.text
 
 
@@ -130,8 +130,8 @@ def test_three_images_of_a_class_are_said_to_be_few_and_not_in_large_groups(tmp_
     with caplog.at_level(logging.WARNING, "finetune_vit"):
         split_images(images, alone(images), work_in(tmp_path, Settings()))
     [line] = caplog.messages
-    start = "warning: classes of so few images cannot give train its 70%: species 000 33%, species 001 33%, "
-    assert line.startswith(start)
+    start = "warning: train should hold 70% of each class (too few images), but holds: "
+    assert line.startswith(start + "species 000 33%, species 001 33%, ")
     assert line.endswith("species 011 33% and 88 more") and len(line) < 400
 
 

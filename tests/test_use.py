@@ -292,9 +292,9 @@ def test_images_that_cannot_be_read_are_rows_and_say_why(
     with caplog.at_level("INFO", logger="finetune_vit"), find_inputs([str(folder)]) as inputs:
         (table,) = classify(inputs, *colour_model)
     table = table.set_index("file")["error"].rename(index=lambda name: os.path.relpath(name, folder))
-    dicom = "DICOM files, which are read after `pip install pydicom`"
+    dicom = "DICOM: needs `pip install pydicom`"
     named = {"a.dcm": dicom, "b.DCM": dicom}
-    named |= {"scan.nii": ".nii files, which Pillow does not read here"} if more == "scan.nii" else {}
+    named |= {"scan.nii": ".nii: Pillow cannot read it"} if more == "scan.nii" else {}
     readable = {"hash::tag.jpg", *(f"{label}/000.jpg" for label in COLOURS)}
     assert table.to_dict() == named | dict.fromkeys(readable, "")
     assert ("1 files left out: archives" in caplog.text) is (more == "deep.zip") and ".txt" not in caplog.text
@@ -319,7 +319,7 @@ def test_a_file_that_is_named_never_disappears(colour_model, tmp_path, make_imag
     readable = {name for name, error in errors.items() if not error}
     assert readable == {"good.jpg", "both.jpg", "both.zip", "noext"}
     assert "pip install pillow-heif" in errors["IMG_1.HEIC"] and errors["IMG_2.jpg"] == errors["IMG_1.HEIC"]
-    assert "pip install pydicom" in errors["scan.dcm"] and ".cr2 files" in errors["x.cr2"]
+    assert "pip install pydicom" in errors["scan.dcm"] and errors["x.cr2"].startswith(".cr2: Pillow")
 
 
 def test_the_next_commands_name_the_folder_where_it_is_not_the_usual_one(caplog):

@@ -300,7 +300,7 @@ def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
         (
             {"model_type": "vit", "image_size": 32, "num_channels": 1},
             32,
-            r"its vit takes images of 1 channels, not of 3 \(RGB\); use another --model_name",
+            r"its vit takes 1-channel images, not RGB; use another --model_name",
         ),
         (None, None, "cannot use"),
     ],

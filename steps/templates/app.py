@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def ask_this_machine_directly() -> None:
-    """Let no request to this machine go through a proxy, or Gradio would take its own page for absent."""
+    """Keep requests to this machine away from proxies, or Gradio cannot find its own page."""
     for name in ("no_proxy", "NO_PROXY"):
         known = os.environ.get(name)
         os.environ[name] = ",".join([*filter(None, [known]), "localhost", "127.0.0.1", "::1", "0.0.0.0"])
@@ -79,11 +79,11 @@ def serve(page: gr.Interface, share: bool = False) -> None:
             _, local, public = page.launch(share=share or None, quiet=True, prevent_thread_lock=True)
     except Exception as problem:  # of many kinds: ports, settings in the environment
         line = str(problem).strip().partition("\n")[0] or type(problem).__name__
-        sys.exit(f"error: the page cannot be opened: {line}; mend that, or set another GRADIO_SERVER_PORT")
+        sys.exit(f"error: the page cannot be opened: {line}; fix that, or set another GRADIO_SERVER_PORT")
     if share and not public:
         page.close()
         sys.exit("error: Gradio's server gave no public link; check the network, or leave --demo_share out")
-    print("page:", *filter(None, [local, public and f"and, for whoever knows it, {public}"]), flush=True)
+    print("page:", ", public link: ".join(filter(None, [local, public])), flush=True)
     if "ipykernel" not in sys.modules:  # a notebook goes on
         page.block_thread()
 

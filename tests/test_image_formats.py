@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.image_utils import load_image
 
-from steps.formats import DEEP, LOCKED, judge, readable_endings, register, sample_bits
+from steps.image_formats import DEEP, LOCKED, judge, readable_endings, register, sample_bits
 from steps.load import find_images, list_images
 from steps.options import Settings
 from steps.preprocess import cache_key, decode_file, is_huffman, read_rgb, resize
@@ -35,7 +35,7 @@ def encode(image, kind, **options):
 JPEG, PNG, TIFF = (encode(photo(), kind) for kind in ("JPEG", "PNG", "TIFF"))
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
 DICOM, DICOMDIR = (bytes(128) + b"DICM" + more for more in (bytes(99), b"1.2.840.10008.1.3.10\0"))
-READ_BY = "{} files, which are read after `pip install {}`"
+READ_BY = "{}: needs `pip install {}`"
 IMAGES = {
     "noext": JPEG, "x.jpg_large": JPEG, "x.pjpeg": JPEG, "x.jpg.1": JPEG, "x.jpg ": JPEG, "x.txt": PNG,
     "x.": JPEG, "x.php": JPEG, "x.JPG": PNG, "x.heic": JPEG, "x.zip": JPEG, "x.old": TIFF, "cut": JPEG[:20],
@@ -47,9 +47,9 @@ OTHERS = {
     "x.dcm": (DICOM, READ_BY.format("DICOM", "pydicom")),
     "IM0002": (DICOM, READ_BY.format("DICOM", "pydicom")),
     "DICOMDIR": (DICOMDIR, None),
-    "x.nii.gz": (b"\x1f\x8b", ".nii.gz files, which Pillow does not read here"),
-    "x.jxl": (b"\xff\x0a", ".jxl files, which Pillow does not read here"),
-    "x.NEF": (TIFF, ".nef files, which Pillow does not read here"),  # of a thumbnail
+    "x.nii.gz": (b"\x1f\x8b", ".nii.gz: Pillow cannot read it"),
+    "x.jxl": (b"\xff\x0a", ".jxl: Pillow cannot read it"),
+    "x.NEF": (TIFF, ".nef: Pillow cannot read it"),  # of a thumbnail
     "labels.txt": (b"P1 30 40 1 0 1\n", None),  # a patient; to Pillow the head of a PPM
     "notes": (b"BMI,age\n20,30\n", None),
     "empty": (b"", None),
@@ -98,10 +98,10 @@ def test_archives_in_class_folders_are_named(tmp_path, make_images):
     table, left_out = find_images(folder, Settings())
     reason = "archives: give one as --data_url, or unpack them"
     assert len(table) == 6
-    assert left_out == dict.fromkeys(("more.zip", "red/nested.tar.xz", "red/b.7z"), reason)
+    assert left_out == {"more.zip": reason, "red/nested.tar.xz": reason, "red/b.7z": "archives: unpack them"}
     (folder / "yellow").mkdir()
     (folder / "yellow" / "all.zip").write_bytes(b"PK")
-    with pytest.raises(SystemExit, match=f"^error: no images in yellow; they hold {reason}$"):
+    with pytest.raises(SystemExit, match=f"^error: no images in yellow; found there instead: {reason}$"):
         find_images(folder, Settings())
 
 

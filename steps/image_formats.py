@@ -12,15 +12,15 @@ import PIL.Image
 import PIL.TiffImagePlugin
 
 # Endings of images that Pillow may not read: named when they are left out. Many hold a TIFF of a thumbnail.
-OTHER_IMAGES = """.avif .heic .heif .hif .jxl .mpo .qoi .svg .dcm .dicom .nii .mha .mhd .nrrd .czi .svs .ndpi
+OTHER_IMAGES = """.avif .heic .heif .hif .jxl .qoi .svg .dcm .dicom .nii .mha .mhd .nrrd .czi .svs .ndpi
 .mrxs .vsi .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf""".split()
 OTHER_READERS = {"DICOM": "pydicom", "HEIC": "pillow-heif"}
 KIND_OF = {".dcm": "DICOM", ".dicom": "DICOM", ".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC"}
 CERTAIN = "AVIF GIF JPEG JPEG2000 PNG TIFF WEBP".split()  # four bytes or so that nothing else begins with
 HEIC_BRANDS = [f"ftyp{brand}".encode() for brand in "heic heix heim heis hevc hevx mif1 msf1".split()]
 DICOMDIR = b"1.2.840.10008.1.3.10\0"  # says that a DICOM file is the table of contents of a disk
-LOCKED = "files that may not be read: no permission"
-DEEP = "more than 8 bits per channel: convert them as README shows, `pipeline` would cut them off at 255"
+LOCKED = "no permission to read"
+DEEP = "more than 8 bits per channel (`pipeline` clips them at 255): convert as README shows"
 
 
 @functools.cache
@@ -36,23 +36,24 @@ def register() -> None:
         PIL.Image.register_extensions("DICOM", [".dcm", ".dicom"])
 
 
-def readable_endings() -> set[str]:
+@functools.cache
+def readable_endings() -> frozenset[str]:
     """Return the file endings, in small letters, of all kinds of images that are read here."""
     register()
     endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-    return (endings - {".h5", ".hdf"}) | {".mpo"}
+    return frozenset(endings - {".h5", ".hdf"} | {".mpo"})
 
 
 def judge(path: str, endings: Set[str]) -> str | None:
-    """Return "" for an image, why it is not taken for what only looks like one, None for any other file.
+    """Return "" for an image, a reason for an image that cannot be used, None for any other file.
 
-    What has one of `endings`, those of `readable_endings`, is not opened; of others the content decides.
+    Files with one of `endings` (see `readable_endings`) are not opened; of others the content decides.
     """
     ending = os.path.splitext(path)[1].lower()
     if ending in endings:
         return ""
     if ending == ".gz" and path.lower().endswith(".nii.gz"):
-        return other_kind(".nii.gz")
+        return why_unread(".nii.gz")
     head = b""
     if os.path.isfile(path):
         try:
@@ -66,13 +67,13 @@ def judge(path: str, endings: Set[str]) -> str | None:
 def judge_content(head: bytes, ending: str, path: str) -> str | None:
     """Return what `judge` does, of a file's first 1,024 bytes and its ending."""
     if head[128:132] == b"DICM":
-        return None if DICOMDIR in head else "" if "DICOM" in PIL.Image.OPEN else other_kind("DICOM")
+        return None if DICOMDIR in head else "" if "DICOM" in PIL.Image.OPEN else why_unread("DICOM")
     if head[4:12] in HEIC_BRANDS and b"avif" not in head[:64]:
-        return "" if "HEIF" in PIL.Image.OPEN else other_kind("HEIC")
+        return "" if "HEIF" in PIL.Image.OPEN else why_unread("HEIC")
     start = head[:16].ljust(16, b"\0")
     kinds = [name for name, (_, accept) in PIL.Image.OPEN.items() if accept and accept(start) is True]
     if ending in OTHER_IMAGES and (not kinds or kinds == ["TIFF"]):
-        return other_kind(ending)
+        return why_unread(ending)
     if {*kinds} & {*CERTAIN}:
         return ""
     with suppress(Exception):  # a text may begin as a PPM does, by chance: then it fails, in one way or other
@@ -82,18 +83,18 @@ def judge_content(head: bytes, ending: str, path: str) -> str | None:
     return None
 
 
-def other_kind(kind: str) -> str:
+def why_unread(kind: str) -> str:
     """Return why images with an ending, or of a kind, are left out."""
-    if package := OTHER_READERS.get(KIND_OF.get(kind, kind)):
-        return f"{KIND_OF.get(kind, kind)} files, which are read after `pip install {package}`"
-    return f"{kind} files, which Pillow does not read here"
+    if package := OTHER_READERS.get(kind := KIND_OF.get(kind, kind)):
+        return f"{kind}: needs `pip install {package}`"
+    return f"{kind}: Pillow cannot read it"
 
 
 def sample_bits(image: PIL.Image.Image, content: bytes) -> int:
     """Return how many bits a sample has in the file `content`, which Pillow has opened as `image`.
 
-    Pillow keeps 8 of them in RGB, and of 12 bits in 16 these are black. Where it does not show the number (of
-    AVIF and HEIC, which by their definition use all their bits), that is 8.
+    For RGB, Pillow keeps the top 8 bits of a sample, so 12 bits stored in 16 turn black. Formats whose depth
+    it does not tell (AVIF, HEIC) use all their bits: they count as 8.
     """
     if image.mode[0] in "IF":  # I, I;16 and F
         return 16
@@ -132,7 +133,8 @@ def render_dicom(file: IO[bytes]) -> np.ndarray:
     """Return the first frame: uint8 (height, width) or (height, width, 3), else uint16 (height, width).
 
     Grey values go through the file's own look-up table or window; MONOCHROME1, where 0 is white, is inverted.
-    What has more than 8 bits and no window stays uint16, and is left out for that; of colours, red alone.
+    What has more than 8 bits and no window stays uint16, and is left out for that (of colours, the red
+    channel only).
     """
     import pydicom
     from pydicom.pixels import apply_color_lut, pixel_array

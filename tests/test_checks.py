@@ -53,8 +53,8 @@ BAD = [
     ),
     (
         ["--do_eval"],
-        "--do_train false, or --do_eval or --do_predict alone, ask for no training; to train, add --do_train; "
-        "to evaluate only, --num_train_epochs 0 --linear_probe false$",
+        "--do_train false, or --do_eval or --do_predict alone, ask for no training; to train, add "
+        "--do_train; to evaluate only, --num_train_epochs 0 --linear_probe false$",
     ),
     (
         ["--do_train", "false", "--do_eval"],

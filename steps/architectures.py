@@ -67,6 +67,10 @@ def check_checkpoint(name: str) -> PreTrainedConfig:
         log.warning(text, name, PROCESSORS[kind], *shape[1:])
     if shape[1] != shape[2] or (shape[1:] != sides and kind not in ANY_SIZE):
         raise ValueError(f"its processor makes {shape} pixels, but its {kind} takes {sides}")
+    if [*config.id2label] != [*range(len(config.id2label))] or not all(
+        isinstance(label, str) for label in config.id2label.values()
+    ):
+        raise ValueError('id2label of its config.json must name every class: {"0": "...", "1": "..."}')
     open_weights(name)
     return config
 

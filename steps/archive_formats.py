@@ -66,6 +66,8 @@ def spell_names(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     guessed = []
     for member in archive.infolist():
         name, certain = decode_name(member)
+        if not name:
+            raise ValueError("a file in it has no name")
         if not certain:
             guessed.append(name)
         elif "/" not in name or member.create_system in WINDOWS:

@@ -116,7 +116,8 @@ def paths(settings: Settings, output_dir: str) -> Iterator[tuple]:
     absent = table is not None and settings.data_dir and not any(map(os.path.isfile, places))
     yield absent, f"--metadata {table} is not a file", "give the path of a CSV file"
     for path in settings.predict or ():
-        yield not os.path.exists(path), f"--predict {path} is not there", "give images, folders or archives"
+        there = os.path.isfile(path) or os.path.isdir(path)
+        yield not there, f"--predict {path} is not there", "give images, folders or archives"
     table = settings.predictions_file
     yield table and os.path.exists(table), f"--predictions_file {table} exists", "give another name"
 

@@ -36,6 +36,19 @@ LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 log = logging.getLogger("finetune_vit")
 
 
+class PlainFormatter(logging.Formatter):
+    """Log lines in which control characters are escaped: a name of a file cannot forge a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return escape_controls(super().format(record))
+
+
+def escape_controls(text: str) -> str:
+    r"""Return a text with control characters as \r, \x1b and so on."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
 def start_logging() -> None:
     """Send log lines to standard output; in a script, let errors and Ctrl-C end in one line."""
     if not NOTEBOOK:
@@ -43,7 +56,8 @@ def start_logging() -> None:
         os.environ["MPLBACKEND"] = "agg"  # no window is opened; a notebook's own may not be installed here
     with suppress(AttributeError):  # of a notebook, which shows everything
         sys.stdout.reconfigure(errors="replace")  # a console may lack letters; standard error escapes them
-    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    logging.basicConfig(stream=sys.stdout, force=True)
+    logging.root.handlers[0].setFormatter(PlainFormatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
     log.setLevel(logging.INFO if MAIN else logging.ERROR)
     logging.raiseExceptions = False  # or every line after a closed pipe gets a traceback of its own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices on new heads alarm newcomers
@@ -100,7 +114,7 @@ def listed(names: Iterable[str], most: int = 12) -> str:
 def stop(problem: object, remedy: str) -> NoReturn:
     """Raise SystemExit with one line that a user can act on and that holds no token; status 1."""
     line = f"error: {' '.join(str(problem).split())}; {remedy}"
-    raise SystemExit(re.sub(TOKEN, "hf_...", line) if MAIN else 1)
+    raise SystemExit(escape_controls(re.sub(TOKEN, "hf_...", line)) if MAIN else 1)
 
 
 def end_in_one_line(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:

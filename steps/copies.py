@@ -58,7 +58,7 @@ def near_pairs(first: Views, second: Views) -> pd.DataFrame:
     20 most alike pictures. Where first is second, a < b. By cells, each `a` has at most 100 partners: a video
     has more.
     """
-    found = []
+    found = [same_colour(first, second)]
     # Products of a few rows are no faster in threads of their own beside these.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         limited = functools.partial(with_limit, others=second.landmarks)
@@ -82,6 +82,27 @@ def near_pairs(first: Views, second: Views) -> pd.DataFrame:
     pairs = pd.DataFrame(np.concatenate(found), columns=["a", "b", "distance"]).astype({"a": int, "b": int})
     pairs["distance"] = pairs["distance"].clip(0).round(6)
     return pairs.sort_values(["distance", "a", "b"]).drop_duplicates(["a", "b"], ignore_index=True)
+
+
+def same_colour(first: Views, second: Views) -> np.ndarray:
+    """Return pairs at distance 0, float64 (k, 3), of pictures without texture, such as black frames.
+
+    They correlate with nothing. Each is paired with one other of its colour, so that a chain connects all.
+    """
+    last, pairs = {}, []
+    for b in without_texture(second.cells):
+        colour = second.cells[b].tobytes()
+        pairs += [(last[colour], b, 0)] if first is second and colour in last else []
+        last[colour] = b
+    if first is not second:
+        colours = ((a, first.cells[a].tobytes()) for a in without_texture(first.cells))
+        pairs = [(a, last[colour], 0) for a, colour in colours if colour in last]
+    return np.array(pairs, float).reshape(-1, 3)
+
+
+def without_texture(cells: np.ndarray) -> np.ndarray:
+    """Return the rows, int, of the pictures of one colour."""
+    return np.flatnonzero(np.ptp(cells, axis=(1, 2)).max(1) == 0)
 
 
 def correlations(first: Views, second: Views) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -109,7 +130,7 @@ def centre(cells: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """
     apart = cells - mean
     apart = (apart - apart.mean((1, 2), keepdims=True)).reshape(len(cells), -1)
-    apart[np.ptp(cells, axis=(1, 2)).max(1) == 0] = 0
+    apart[without_texture(cells)] = 0
     whole = np.rint(apart * (4000 / np.linalg.norm(apart, axis=1).clip(1e-6))[:, None]).astype(np.float32)
     return whole, np.sqrt((whole**2).sum(1)).clip(1)
 

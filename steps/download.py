@@ -61,7 +61,8 @@ def identify(archive: Path, folder: Path, settings: Settings) -> dict[str, Any]:
     Raises SystemExit if the two disagree, or it is not the archive that `data_sha256` asks for.
     """
     before, now = read_json(folder / ".archive.json", ["sha256"]), {"url": settings.data_url}
-    if folder.exists() and not before:  # not unpacked by us
+    if folder.exists() and not before:
+        log.warning("warning: using the folder %s, which was not unpacked from the archive", folder)
         now = {}
     elif archive.exists():
         status = archive.stat()

@@ -25,7 +25,8 @@ def find_earlier(work: Workspace) -> pd.Series | None:
     if not (found := fetch(name, "report/split.csv")):
         log.warning("warning: %s has no report/split.csv: it may have learned some of the test images", name)
         return pd.Series(dtype=object)
-    return read_table(found, ["file", "split"]).set_index("file")["split"]
+    remedy = "restore it: without it the test may hold images that the model has learned"
+    return read_table(found, ["file", "split"], remedy).set_index("file")["split"]
 
 
 def fetch(name: str, file: str) -> Path | None:

@@ -127,8 +127,9 @@ def read_table(path: Path, columns: Iterable[str], remedy: str = DAMAGED) -> pd.
 
 def lookup(values: pd.Series, files: Iterable[str]) -> np.ndarray:
     """Return the value, str, of each of `files`, "" where there is none, from `values` by file (n,)."""
-    known = pd.Series(values.to_numpy(), map(nfc, values.index), dtype=object)
-    return known[~known.index.duplicated()].reindex([*map(nfc, files)], fill_value="").to_numpy()
+    exact = dict(zip(values.index, values, strict=True))
+    alike = {nfc(file): value for file, value in exact.items()}
+    return np.array([exact.get(file, alike.get(nfc(file), "")) for file in files], dtype=object)
 
 
 def probability_columns(class_names: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Set
 from contextlib import suppress
 from typing import IO, Any
@@ -20,6 +21,7 @@ CERTAIN = "AVIF GIF JPEG JPEG2000 PNG TIFF WEBP".split()  # four bytes or so tha
 HEIC_BRANDS = [f"ftyp{brand}".encode() for brand in "heic heix heim heis hevc hevx mif1 msf1".split()]
 DICOMDIR = b"1.2.840.10008.1.3.10\0"  # says that a DICOM file is the table of contents of a disk
 LOCKED = "no permission to read"
+NO_WINDOW = "DICOM of more than 8 bits without a window: set its WindowCenter and WindowWidth"
 DEEP = "more than 8 bits per channel (`pipeline` clips them at 255): convert as README shows"
 
 
@@ -27,6 +29,7 @@ DEEP = "more than 8 bits per channel (`pipeline` clips them at 255): convert as 
 def register() -> None:
     """Let Pillow read what it does not by itself: HEIC and DICOM, where the packages for them are."""
     PIL.Image.init()
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # what is too large is left out
     with suppress(ImportError):
         import pillow_heif
 
@@ -90,6 +93,11 @@ def why_unread(kind: str) -> str:
     return f"{kind}: Pillow cannot read it"
 
 
+def frames_of(image: PIL.Image.Image) -> int:
+    """Return how many frames or pages an image has; the parts of a phone's photo (MPO) are no frames."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
 def sample_bits(image: PIL.Image.Image, content: bytes) -> int:
     """Return how many bits a sample has in the file `content`, which Pillow has opened as `image`.
 
@@ -113,6 +121,18 @@ def sample_bits(image: PIL.Image.Image, content: bytes) -> int:
     return 8
 
 
+def is_huffman(jpeg: bytes) -> bool:
+    """Say whether a JPEG is baseline or progressive, in Huffman's code, as nearly all are.
+
+    Whether others can be read (arithmetic code, lossless) differs from one build of the decoder to the next.
+    """
+    place, frames = 2, {0xC0 + kind for kind in range(16)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
+    while place < len(jpeg) - 4 and jpeg[place] == 0xFF and jpeg[place + 1] not in frames:
+        filling = jpeg[place + 1] == 0xFF
+        place += 1 if filling else 2 + int.from_bytes(jpeg[place + 2 : place + 4])
+    return jpeg[place : place + 2] in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")
+
+
 def open_dicom(file: IO[bytes], name: str | bytes) -> PIL.Image.Image:
     """Return the first frame of a DICOM file, as the opener of a Pillow plugin: 8 bits, if it has a window.
 
@@ -122,24 +142,25 @@ def open_dicom(file: IO[bytes], name: str | bytes) -> PIL.Image.Image:
         raise SyntaxError("not a DICOM file")
     file.seek(0)
     try:
-        image = PIL.Image.fromarray(render_dicom(file))
+        import pydicom
+
+        dataset = pydicom.dcmread(file)
+        image = PIL.Image.fromarray(render_dicom(dataset))
     except Exception as problem:  # of any kind, by what is wrong or missing in there
         raise ValueError(" ".join(str(problem).split())) from problem
-    image.format = "DICOM"
+    image.format, image.n_frames = "DICOM", int(dataset.get("NumberOfFrames") or 1)
     return image
 
 
-def render_dicom(file: IO[bytes]) -> np.ndarray:
+def render_dicom(dataset: Any) -> np.ndarray:
     """Return the first frame: uint8 (height, width) or (height, width, 3), else uint16 (height, width).
 
     Grey values go through the file's own look-up table or window; MONOCHROME1, where 0 is white, is inverted.
     What has more than 8 bits and no window stays uint16, and is left out for that (of colours, the red
     channel only).
     """
-    import pydicom
     from pydicom.pixels import apply_color_lut, pixel_array
 
-    dataset = pydicom.dcmread(file)
     frame, kind, bits = pixel_array(dataset, index=0), dataset.PhotometricInterpretation, dataset.BitsStored
     if kind == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)

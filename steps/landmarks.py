@@ -12,7 +12,7 @@ NARROW = 12  # landmarks that spread less than this, in pixels across or down, m
 
 @dataclass
 class Landmarks:
-    """The details of a picture: points, float32 (n, 2); SIFT descriptors, float32 (n, 128), whole numbers.
+    """The details of a picture: points, float32 (n, 2); SIFT descriptors, uint8 (n, 128).
 
     A match must be nearer than the squared distance `limit`, float32 (n,): see `with_limit`.
     """
@@ -34,7 +34,7 @@ def find_landmarks(picture: np.ndarray) -> Landmarks:
     small = [row for row, point in enumerate(points) if point.size <= 6 * max(1, SIDE / side)]
     small = sorted(small, key=lambda row: -points[row].response)[:160]
     found = np.array([points[row].pt for row in small], np.float32).reshape(-1, 2)
-    return Landmarks(found, marks[small] if small else np.empty((0, 128), np.float32))
+    return Landmarks(found, (marks[small] if small else np.empty((0, 128))).astype(np.uint8))
 
 
 def with_limit(mine: Landmarks, others: list[Landmarks]) -> Landmarks:
@@ -50,10 +50,8 @@ def with_limit(mine: Landmarks, others: list[Landmarks]) -> Landmarks:
 
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the squared distances, float32 (n, m), of descriptors (n, 128) and (m, 128).
-
-    Descriptors are whole numbers, so float32 holds all sums exactly.
-    """
+    """Return the squared distances, float32 (n, m), of descriptors, uint8 (n, 128) and (m, 128): exact."""
+    first, second = first.astype(np.float32), second.astype(np.float32)
     lengths = (first**2).sum(1)[:, None] + (second**2).sum(1)
     return lengths - 2 * (first @ second.T)
 

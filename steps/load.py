@@ -51,13 +51,16 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         need_access(root)
         found = [name for name in sorted(folders, reverse=True) if not name.startswith(HIDDEN)]
+        found.sort(key=lambda name: not os.path.islink(os.path.join(root, name)))  # a real folder wins
         inside = {os.path.realpath(os.path.join(root, name)): name for name in found}
         folders[:] = [name for path, name in inside.items() if path not in seen]
         seen.update(inside)
         for name in names:
-            if name.startswith(HIDDEN):
-                continue
             path = os.path.join(root, name)
+            if name.startswith(HIDDEN):
+                if judge(path, endings) == "" and not name.startswith("._"):  # those are notes of macOS
+                    left_out[path] = "hidden files"
+                continue
             reason = judge(path, endings)
             if reason is None and name.lower().endswith(UNREAD):
                 reason = "archives: unpack them"
@@ -120,7 +123,10 @@ def summary(reasons: Iterable[str]) -> str:
     counts = Counter(re.sub(r"^\w+Error: |(?<=\()\d+ ", "", reason) for reason in reasons)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
+    shown = counts.most_common(3)
+    if others := counts.total() - sum(count for _, count in shown):
+        shown.append(("others", others))
+    return ", ".join(f"{reason} ({count})" for reason, count in shown)
 
 
 def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, list[str]]:

@@ -33,13 +33,15 @@ from . import image_formats
 from .architectures import pixel_shape
 from .console import bars_wanted, log, retry, show_images, stop
 from .files import may_use, need_space, printable, read_table, remove, write_json, write_table
-from .image_formats import DEEP, LOCKED, judge, judge_content, readable_endings, sample_bits
+from .image_formats import DEEP, LOCKED, NO_WINDOW, frames_of, is_huffman, judge, judge_content
+from .image_formats import readable_endings, sample_bits
 from .load import summary
 from .rows import REPEATED, WITHOUT_IMAGE
 
 # Their processors do no more than resize, crop at the centre, rescale and normalise.
 PLAIN = [f"{name}ImageProcessor" for name in ("Beit", "Bit", "DeiT", "Siglip", "ViT")]
 
+MOST_PIXELS = 50_000_000  # of an image that is to be enlarged
 # Packages that decode or resize; the last ones help pydicom.
 DECODERS = """pillow simplejpeg torch transformers pillow-heif pydicom pylibjpeg pylibjpeg-libjpeg
 pylibjpeg-openjpeg pylibjpeg-rle python-gdcm pyjpegls""".split()
@@ -82,7 +84,7 @@ def cache_key(images: Dataset, folder: Path, processor: BaseImageProcessor) -> s
     stats = [(folder / file).stat() for file in images["file"]]
     sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
     locked = [file for file in images["file"] if not may_use(folder / file)]
-    code = [inspect.getsource(step) for step in (decode_file, read_rgb, is_huffman, resize, image_formats)]
+    code = [inspect.getsource(step) for step in (decode_file, read_rgb, resize, image_formats)]
     for name in DECODERS:
         with suppress(importlib.metadata.PackageNotFoundError):  # some are optional
             code.append(f"{name} {importlib.metadata.version(name)}")
@@ -126,9 +128,12 @@ def decode_file(path: Path, processor: BaseImageProcessor) -> dict[str, str | by
     try:
         with PIL.Image.open(content) as image:
             if sample_bits(image, content.getvalue()) > 8:
-                return failed | {"error": DEEP}
+                return failed | {"error": NO_WINDOW if image.format == "DICOM" else DEEP}
+            first = ", the first of several frames" if frames_of(image) > 1 else ""
             pixels = resize(read_rgb(image, content), processor)
-            return {"mode": image.mode, "error": "", "pixel_values": pixels.numpy().tobytes()}
+            return {"mode": image.mode + first, "error": "", "pixel_values": pixels.numpy().tobytes()}
+    except PIL.Image.DecompressionBombError:
+        return failed | {"error": "more than 178 million pixels: scale it down"}
     except Exception as problem:  # on damaged files a decoder may raise anything
         text = re.sub(" <_io.*>", "", str(problem))  # an address in memory says nothing
         known = judge_content(content.getvalue()[:1024], "", str(path))  # HEIC that is called .jpg, perhaps
@@ -147,18 +152,6 @@ def read_rgb(image: PIL.Image.Image, content: io.BytesIO) -> np.ndarray:
     return np.array(load_image(image))
 
 
-def is_huffman(jpeg: bytes) -> bool:
-    """Say whether a JPEG is baseline or progressive, in Huffman's code, as nearly all are.
-
-    Whether others can be read (arithmetic code, lossless) differs from one build of the decoder to the next.
-    """
-    place, frames = 2, {0xC0 + kind for kind in range(16)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
-    while place < len(jpeg) - 4 and jpeg[place] == 0xFF and jpeg[place + 1] not in frames:
-        filling = jpeg[place + 1] == 0xFF
-        place += 1 if filling else 2 + int.from_bytes(jpeg[place + 2 : place + 4])
-    return jpeg[place : place + 2] in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")
-
-
 def resize(rgb: np.ndarray, processor: BaseImageProcessor) -> torch.Tensor:
     """Return what `processor` makes of `rgb` before it rescales, uint8 (channels, height, width).
 
@@ -170,6 +163,8 @@ def resize(rgb: np.ndarray, processor: BaseImageProcessor) -> torch.Tensor:
     size = tuple(numbers["size"].get(name) or np.inf for name in ("height", "width"))
     if numbers["size"].keys() == {"shortest_edge"}:
         size = get_resize_output_image_size(rgb, *numbers["size"].values(), False, None, "channels_last")
+    if np.inf > size[0] * size[1] > MOST_PIXELS:  # 12,000 x 1 would become 256 x 3,072,000
+        raise ValueError(f"a strip of {rgb.shape[1]} x {rgb.shape[0]} pixels")
     crop = size
     if numbers.get("do_center_crop"):
         crop = numbers["crop_size"]["height"], numbers["crop_size"]["width"]

@@ -8,12 +8,13 @@ import pandas as pd
 
 from .columns import SPLIT_WORDS, choose_columns, find_columns, plain
 from .console import listed, log, stop
+from .files import folded
 from .layouts import read_splits
 from .options import Settings
 from .tables import Table, called_like_folder, find_tables, index_files, match, parts_of
 
 WEAK = "category grade level".split()  # columns that may be labels, but not where folders are classes
-NOBODY = ("", "na", "nan", "none", "null", "unknown")  # in a column of patients
+NOBODY = ("", "na", "nan", "none", "null", "unknown", "unk", "missing", "anonymous")  # patients that are none
 WITHOUT_IMAGE, REPEATED = "rows without an image", "repeated rows for an image"  # why a row is left out
 ONES = {"1": 1, "true": 1, "yes": 1, "x": 1, "0": 0, "false": 0, "no": 0, "": 0}
 
@@ -168,9 +169,10 @@ def check_paths(table: Table, image: str, found: pd.Series, folder: Path) -> Non
         problem = f"{table.name} names images in {lost[0]} and in {lost[1]}"
         stop(problem, f"give --data_dir a folder that holds both, instead of {folder}")
     if lost:
-        words = (lost[0].rpartition("/")[2], folder.name)
-        there, here = (SPLIT_WORDS.get(word.casefold()) for word in words)
-        if there and here and there != here:
+        words = [folded(word) for word in (lost[0].rpartition("/")[2], folder.name)]
+        there, here = (SPLIT_WORDS.get(word) for word in words)
+        numbered = len({re.sub(r"\d+", "0", word) for word in words}) == 1 < len({*words})  # case07, case12
+        if (there and here and there != here) or numbered:
             stop(f"{table.name} names images in {lost[0]}, not in {folder}", "give that folder as --data_dir")
 
 
@@ -204,7 +206,7 @@ def settle(rows: pd.DataFrame, roles: list[str], name: str) -> tuple[pd.DataFram
             stop(f"{name} has unknown splits: {', '.join(unknown[:5])}", f"use {', '.join(SPLIT_WORDS)}")
         rows["split"] = words.map(SPLIT_WORDS | {"": ""})
     if "group" in roles:
-        rows["group"] = rows["group"].where(~rows["group"].str.casefold().isin(NOBODY), "")
+        rows["group"] = rows["group"].where(~rows["group"].map(plain).isin(NOBODY), "")
         if unknown := (rows["group"][rows["file"] != ""] == "").sum():
             text = "warning: %s has no patient for %s images: only near-duplicates keep those together"
             log.warning(text, name, unknown)

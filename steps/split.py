@@ -13,7 +13,7 @@ from .earlier import find_earlier, record_earlier
 from .files import lookup, read_table, write_table
 from .load import count_classes
 from .options import Settings
-from .workspace import Workspace
+from .workspace import Workspace, forget_split, is_trained
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,6 +26,7 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
     path, shares, files = work.report / "split.csv", shares_of(work.settings), images["file"][:]
     if path.exists():
         split = lookup(read_table(path, ["file", "split"]).set_index("file")["split"], files)
+        check_complete(split, files, work)
     else:
         split = make_split(images, scenes, work)
     check_split(images, split, shares)
@@ -40,6 +41,16 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
         log.warning("warning: the test images choose the epoch and the temperature, which flatters the score")
         rows["validation"] = rows["test"]
     return DatasetDict({name: images.select(rows[name]) for name in SPLITS})
+
+
+def check_complete(split: np.ndarray, files: list[str], work: Workspace) -> None:
+    """Raise SystemExit where the recorded `split` (n,) lacks images: those that can be read only now."""
+    if len(absent := np.array(files, dtype=object)[~np.isin(split, SPLITS)]):
+        remedy = f"use another --output_dir, or delete {work.output_dir}"
+        if not is_trained(work.output_dir):
+            forget_split(work)
+            remedy = "run the same command again: the split is made anew"
+        stop(f"{work.report / 'split.csv'} puts {listed(absent, 3)} into no split", remedy)
 
 
 def shares_of(settings: Settings) -> dict[str, float]:
@@ -161,17 +172,23 @@ def deal(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: 
     """Return the part, 0 to len(shares) - 1, of each image (n,): whole groups, `shares` of every class.
 
     Groups are dealt out by size, large ones first, in an order drawn from `seed`; each goes where it least
-    raises Pearson's chi-squared against the shares. scikit-learn's StratifiedGroupKFold knows no shares.
+    raises Pearson's chi-squared against the shares, but no part stays without a class as long as there are
+    groups of it for all. scikit-learn's StratifiedGroupKFold knows no shares.
     """
     groups = np.unique(groups, return_inverse=True)[1]
     counts = np.zeros((groups.max() + 1, labels.max() + 1))
     np.add.at(counts, (groups, labels), 1)
     wanted = np.maximum(np.outer(shares, counts.sum(0)), 1)  # at least one image of each class in each part
-    held, part = np.zeros_like(wanted), np.empty(len(counts), int)
+    held, part, left = np.zeros_like(wanted), np.empty(len(counts), int), (counts > 0).sum(0)
     order = np.random.RandomState(seed).permutation(len(counts))  # the same in every release of NumPy
     for group in order[np.argsort(-counts[order].sum(1), kind="stable")]:
-        part[group] = (counts[group] * (counts[group] + 2 * held) / wanted).sum(1).argmin()
+        cost = (counts[group] * (counts[group] + 2 * held) / wanted).sum(1)
+        lacking = (held == 0) & (counts[group] > 0)
+        if (must := (lacking & (lacking.sum(0) >= left)).any(1)).any():  # its classes' last chance there
+            cost[~must] = np.inf
+        part[group] = cost.argmin()
         held[part[group]] += counts[group]
+        left -= counts[group] > 0
     return part[groups]
 
 

@@ -58,7 +58,7 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix.lower() == ".parquet":
             table = pd.read_parquet(path, dtype_backend="pyarrow")  # an integer beside null stays one
         elif path.suffix.lower() == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             table = pd.DataFrame([json.loads(line) for line in lines if line.strip()], dtype=object)
         else:
             table = read_csv(path)
@@ -74,7 +74,9 @@ def read_table(path: Path) -> pd.DataFrame:
 def read_csv(path: Path) -> pd.DataFrame:
     """Return a CSV file as it stands. Raises ValueError where a row has more cells than there are names."""
     text = decode(path.read_bytes(), path)
-    first, _, rest = text.partition("\n")
+    if "\0" in text:
+        raise ValueError("it holds null bytes")
+    first, _, rest = text.lstrip("\r\n").partition("\n")
     separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
     if hint := re.fullmatch(r"sep=(.)\s*", first):  # Excel's
         text, separator = rest, hint[1]

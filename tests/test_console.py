@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT
 
 from steps import console
 from steps.console import bars_wanted, end_in_one_line, file_error, listed, progress, retry, show, show_images
-from steps.console import stop
+from steps.console import PlainFormatter, stop
 
 GO_ON = "run the same command to go on: what is finished is kept"
 
@@ -279,3 +280,11 @@ def test_waiting_threads_leave_a_busy_machine_alone(load, given, policy):
 )
 def test_a_long_list_is_cut(count, text):
     assert listed((f"c{number}" for number in range(count)), most=3) == text
+
+
+def test_a_name_forges_no_line_and_sends_no_escape_sequence():
+    name = "a\nerror: \x1b[31mfake\r"
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s: learned", (name,), None)
+    assert PlainFormatter("%(message)s").format(record) == r"a\nerror: \x1b[31mfake\r: learned"
+    with pytest.raises(SystemExit, match=re.escape(r"error: \x1b[2J is bad; rename it")):
+        stop("\x1b[2J is bad", "rename it")

@@ -209,9 +209,14 @@ def test_a_long_video_is_one_group_but_not_a_million_pairs():
     assert group_images([str(row) for row in range(7000)], pairs)[600:1200].nunique() == 1
 
 
-def test_flat_images_are_no_pair_and_raise_no_warning(recwarn):
-    views = bare(np.full((3, 8, 8, 3), 7))
-    assert near_pairs(views, views).empty and not recwarn.list
+def test_flat_images_are_pairs_where_they_have_one_colour(recwarn):
+    """Black frames are copies of each other; a chain connects them without a pair for every two."""
+    flat = bare(np.full((3, 8, 8, 3), 7))
+    pairs = near_pairs(flat, flat)
+    assert pairs[["a", "b", "distance"]].to_numpy().tolist() == [[0, 1, 0], [1, 2, 0]]
+    other = bare(np.full((2, 8, 8, 3), 7) + np.array([0, 1]).reshape(2, 1, 1, 1))
+    assert near_pairs(other, other).empty
+    assert near_pairs(other, flat)[["a", "b"]].to_numpy().tolist() == [[0, 2]] and not recwarn.list
 
 
 def test_runaway_chain_is_cut_where_it_is_weakest():

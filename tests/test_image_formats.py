@@ -12,13 +12,14 @@ import pytest
 from conftest import draw, load_images
 from datasets import Dataset
 from PIL import Image
-from transformers import ViTImageProcessor
+from transformers import BitImageProcessor, ViTImageProcessor
 from transformers.image_utils import load_image
 
-from steps.image_formats import DEEP, LOCKED, judge, readable_endings, register, sample_bits
+from steps.image_formats import DEEP, LOCKED, NO_WINDOW, is_huffman, judge, readable_endings, register
+from steps.image_formats import sample_bits
 from steps.load import find_images, list_images
 from steps.options import Settings
-from steps.preprocess import cache_key, decode_file, is_huffman, read_rgb, resize
+from steps.preprocess import cache_key, decode_file, read_rgb, resize
 
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
 
@@ -294,7 +295,7 @@ def test_dicom_without_a_window_or_pixels_is_left_out(tmp_path):
     content = (tmp_path / "empty.dcm").read_bytes()
     (tmp_path / "empty.dcm").write_bytes(content[: len(content) - RAMP.nbytes])
     for name in ("deep.dcm", "colour.dcm"):
-        assert decode_file(tmp_path / name, PROCESSOR)["error"] == DEEP
+        assert decode_file(tmp_path / name, PROCESSOR)["error"] == NO_WINDOW
     assert decode_file(tmp_path / "empty.dcm", PROCESSOR)["error"].startswith("ValueError: ")
 
 
@@ -333,3 +334,28 @@ def test_pillow_decides_of_jpegs_in_other_codes(before, after, huffman, exif):
 def test_usual_jpegs_take_the_short_road(options):
     assert is_huffman(encode(photo(), "JPEG", **options))
     assert not is_huffman(JPEG[:2]) and not is_huffman(JPEG[:40]) and not is_huffman(b"")
+
+
+def test_a_strip_that_would_fill_the_memory_is_left_out(tmp_path):
+    """12,000 x 1 pixels, scaled to a shortest edge of 256, are 786 million."""
+    Image.new("RGB", (12_000, 1)).save(tmp_path / "strip.png")
+    processor = BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+    assert "strip of 12000 x 1" in decode_file(tmp_path / "strip.png", processor)["error"]
+
+
+def test_of_several_frames_the_first_is_taken_and_that_is_said(tmp_path):
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
+    for name in ("x.gif", "x.tif", "x.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        row = decode_file(tmp_path / name, PROCESSOR)
+        assert row["error"] == "" and row["mode"].endswith(", the first of several frames")
+    frames[0].save(tmp_path / "one.tif")
+    assert decode_file(tmp_path / "one.tif", PROCESSOR)["mode"] == "RGB"
+
+
+def test_hidden_images_are_named_but_not_the_notes_of_macos(tmp_path):
+    for name in ("a/x.png", "a/.x.png", "a/._x.png", "b/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    table, left_out = find_images(tmp_path, Settings())
+    assert table["file"].tolist() == ["a/x.png", "b/x.png"] and left_out == {"a/.x.png": "hidden files"}

@@ -10,6 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from steps.duplicates import Scenes, count_pairs, group_images
+from steps.files import lookup
 from steps.options import Settings
 from steps.split import SPLITS, cut_folds, deal, kept_whole, show_splits, split_images, split_rule
 from steps.workspace import Workspace
@@ -355,3 +356,36 @@ def test_folds_do_not_depend_on_the_split_and_follow_the_seed(images, tmp_path):
         splits = split_images(images, scenes, work)
         tested.append([fold["test"]["file"][:] for fold in cut_folds(splits, scenes.groups, work)])
     assert tested[0] == tested[1] != tested[2]
+
+
+@pytest.mark.parametrize("parts", [3, 4, 5])
+def test_as_many_groups_as_parts_fill_every_part(parts):
+    """Equal groups with both classes, as folders of three patients: the shares alone would leave one out."""
+    groups = np.repeat(np.arange(parts), 12)
+    labels = np.tile([0, 1], 6 * parts)
+    shares = [0.7, *[0.3 / (parts - 1)] * (parts - 1)]
+    for seed in range(20):
+        part = deal(labels, groups, shares, seed)
+        assert all(set(labels[part == number]) == {0, 1} for number in range(parts))
+
+
+def test_an_image_that_can_be_read_only_now_is_not_forgotten(images, tmp_path):
+    """Its split was made without it: made anew before anything is trained, refused afterwards."""
+    work, some = work_in(tmp_path, RANDOM), images.select(range(1, len(images)))
+    split_images(some, alone(some), work)
+    with pytest.raises(SystemExit, match="puts a/000.jpg into no split; run the same command again"):
+        split_images(images, alone(images), work)
+    assert sum(map(len, split_images(images, alone(images), work).values())) == len(images)
+    (work.report / "split.csv").write_text(
+        (work.report / "split.csv").read_text().replace(",test,", ",Test,")
+    )
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match="and 49 more into no split; use another --output_dir"):
+        split_images(images, alone(images), work)
+
+
+def test_two_files_of_one_name_in_two_unicode_forms_keep_their_own_split():
+    values = pd.Series({"\u00e9.png": "train", "e\u0301.png": "test", "\u00fc.png": "validation"})
+    assert lookup(values, ["e\u0301.png", "\u00e9.png", "u\u0308.png", "x.png"]).tolist() == [
+        "test", "train", "validation", "",
+    ]  # fmt: skip

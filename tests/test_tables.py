@@ -16,7 +16,8 @@ from steps.columns import COLUMN_WORDS, choose_columns, find_columns
 from steps.files import write_table
 from steps.load import find_images
 from steps.options import Settings
-from steps.tables import index_files, match, read_table
+from steps.rows import check_paths, settle
+from steps.tables import Table, index_files, match, read_table
 
 FLAT = ["/a b c d"]  # four images without folders
 CLASSES = ["cat/a b", "dog/c d"]
@@ -733,3 +734,21 @@ def test_what_a_beginner_would_not_notice_is_said(tmp_path, caplog):
     assert any(
         "NV, BCC hold 0 and 1, too: if each is a class, name them all" in line for line in caplog.messages
     )
+
+
+@pytest.mark.parametrize("nobody", ["N/A", "n.a.", "#N/A", "<NA>", "-", "?", " ", "Unknown", "unk"])
+def test_signs_for_no_patient_are_no_patient(nobody):
+    rows = pd.DataFrame({"file": ["a.jpg", "b.jpg", "c.jpg"], "group": ["p1", nobody, nobody]})
+    rows["number"], rows["named"] = range(3), rows["file"]
+    assert settle(rows, ["group"], "t.csv")[0]["group"].tolist() == ["p1", "", ""]
+
+
+def test_a_table_of_another_patient_is_refused(tmp_path):
+    for name in ("000.jpg", "001.jpg"):
+        (tmp_path / "case12").mkdir(exist_ok=True)
+        (tmp_path / "case12" / name).write_bytes(b"")
+    table = Table(pd.DataFrame({"image": ["case07/000.jpg", "case07/001.jpg"]}), "t.csv", "", True)
+    found = pd.Series(["000.jpg", "001.jpg"])
+    with pytest.raises(SystemExit, match="t.csv names images in case07, not in .*case12"):
+        check_paths(table, "image", found, tmp_path / "case12")
+    check_paths(table, "image", found, tmp_path / "my-images")

@@ -29,6 +29,7 @@ UPLOADS = tempfile.TemporaryDirectory()  # and gone at the end; Gradio's own fol
 os.environ.setdefault("GRADIO_TEMP_DIR", UPLOADS.name)
 
 import gradio as gr
+import PIL.Image
 from transformers import pipeline
 
 HERE = Path(__file__).resolve().parent
@@ -46,9 +47,13 @@ def build_page(model: str, revision: str | None = None, names: Sequence[str] = (
         if image is None:
             raise gr.Error("Choose an image first.", print_exception=False)
         try:
-            answers = classifier(image, top_k=len(names))
+            with PIL.Image.open(image) as opened:
+                deep = opened.mode[0] in "IF"  # I, I;16 and F
+            answers = [] if deep else classifier(image, top_k=len(names))
         except (OSError, ValueError) as problem:  # Pillow's
             raise gr.Error("This file cannot be read as an image.", print_exception=False) from problem
+        if deep:
+            raise gr.Error("This image has more than 8 bits per channel: convert it.", print_exception=False)
         return {answer["label"]: answer["score"] for answer in answers}
 
     # In Markdown a sign can mean something else; an entity such as &#124; never does.

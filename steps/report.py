@@ -143,9 +143,7 @@ def make_space(space: Path, class_names: list[str], model: str = "", revision: s
         for name in files.keys() & set(class_names):
             (space / "examples").mkdir(parents=True, exist_ok=True)
             (space / "examples" / f"{name}.jpg").write_bytes(sample.read(files[name]))
-    lines = (HERE.parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    wanted = [line for line in lines if line.startswith(("torch>", "transformers>", "pillow>"))]
-    write_text(space / "requirements.txt", "\n".join(wanted) + "\n")
+    write_text(space / "requirements.txt", "torch>=2.6\ntransformers>=5.18\npillow>=10.3\n")
     header = {"title": Path(model).name or "Classifier", "sdk": "gradio", "app_file": "app.py"}
     header |= {"models": [model]} if model else {}
     write_text(space / "README.md", f"---\n{yaml.safe_dump(header)}---\n\nMade by `finetune_vit.py`.\n")

@@ -7,12 +7,14 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as cores in each worker would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")

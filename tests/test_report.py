@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import transformers
-from conftest import draw_pixels, make_work, predict_by_chance, read_settings
+from conftest import ROOT, draw_pixels, make_work, predict_by_chance, read_settings
 from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -489,3 +489,9 @@ def test_page_that_cannot_be_opened_is_one_line(served, share, answer, said):
         served(share, answer)
     line = stopped.value.code
     assert line.startswith("error: ") and said in line and "\n" not in line
+
+
+def test_the_space_needs_what_the_script_needs(tmp_path):
+    make_space(tmp_path, ["a", "b"], "me/model")
+    ours = (ROOT / "requirements.txt").read_text().splitlines()
+    assert {*(tmp_path / "requirements.txt").read_text().splitlines()} <= {*ours}

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -67,9 +68,8 @@ def check_checkpoint(name: str) -> PreTrainedConfig:
         log.warning(text, name, PROCESSORS[kind], *shape[1:])
     if shape[1] != shape[2] or (shape[1:] != sides and kind not in ANY_SIZE):
         raise ValueError(f"its processor makes {shape} pixels, but its {kind} takes {sides}")
-    if [*config.id2label] != [*range(len(config.id2label))] or not all(
-        isinstance(label, str) for label in config.id2label.values()
-    ):
+    labels = config.id2label
+    if [*labels] != [*range(len(labels))] or {*map(type, labels.values())} != {str}:
         raise ValueError('id2label of its config.json must name every class: {"0": "...", "1": "..."}')
     open_weights(name)
     return config
@@ -86,9 +86,8 @@ def refuse_other_kinds(name: str, content: dict) -> None:
     if adapter := finder(name)("adapter_config.json"):
         base = read_json(Path(adapter)).get("base_model_name_or_path")
         what = f"cannot use {name}: it is a PEFT adapter of {base}, not a whole model"
-        stop(
-            what, "load both with peft, call merge_and_unload() and save_pretrained(FOLDER), and give FOLDER"
-        )
+        remedy = "load both with peft, call merge_and_unload() and save_pretrained(FOLDER), and give FOLDER"
+        stop(what, remedy)
     if "architecture" in content:  # transformers calls some of them timm_wrapper
         what = f"cannot use {name}: it is a model of timm, {content['architecture']}, not of transformers"
         stop(what, f"use a checkpoint of transformers: one of {', '.join(TYPES)}")
@@ -97,6 +96,11 @@ def refuse_other_kinds(name: str, content: dict) -> None:
 def vision_of(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the part of a configuration that is about images: SigLIP has one for texts, too."""
     return getattr(config, "vision_config", config)
+
+
+def has_class_names(config: PreTrainedConfig) -> bool:
+    """Say whether the classes have names of their own; a body without a head has LABEL_0 and LABEL_1."""
+    return not all(re.fullmatch(r"LABEL_\d+", label) for label in config.id2label.values())
 
 
 def sides_of(config: PreTrainedConfig) -> tuple[int, int]:

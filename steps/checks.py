@@ -19,7 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import TrainingArguments
 
 from .console import TOKEN, first_line, stop
-from .options import AUGMENTATIONS, KVASIR_URL, METRICS, Settings
+from .options import AUGMENTATIONS, KVASIR_URL, METRICS, PATHS, Settings
 
 HELP = "see python finetune_vit.py --help"
 REQUIRED = "accelerate cv2 datasets evaluate matplotlib scipy simplejpeg sklearn threadpoolctl".split()
@@ -94,7 +94,7 @@ def check_settings(settings: Settings, training: TrainingArguments) -> None:
 
 def paths(settings: Settings, output_dir: str) -> Iterator[tuple]:
     """Yield (fails, problem, remedy): folders and files that are missing or misplaced."""
-    for name in ("data_url", "data_dir", "data_root", "model_name_or_path", "metadata", "external_dir"):
+    for name in PATHS:
         value = getattr(settings, name)
         empty = value is not None and (not value.strip() or re.search(NO_TEXT, value))
         yield empty, f"--{name} is empty or no text", "give a value or leave it out"

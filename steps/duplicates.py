@@ -27,19 +27,27 @@ def find_scenes(images: Dataset, shape: tuple[int, int, int], path: Path) -> Sce
     return Scenes(pairs, group_images(images["file"][:], pairs, images["group"][:] if known else ()))
 
 
-def find_pairs(images: Dataset, shape: tuple[int, int, int], path: Path) -> pd.DataFrame:
+def find_pairs(
+    images: Dataset, shape: tuple[int, int, int], path: Path, others: Dataset | None = None
+) -> pd.DataFrame:
     """Return the pairs of near-duplicates, recorded in the CSV file `path`, or found there.
 
-    Columns: file_a, file_b, distance (see `near_pairs`), label_a, label_b. Nearest first.
+    Columns: file_a, file_b, distance (see `near_pairs`), label_a, label_b. Nearest first. Both are of
+    `images`; with `others`, b is one of these.
     """
     columns = ["file_a", "file_b", "distance", "label_a", "label_b"]
     if path.exists():
         return read_table(path, columns)
-    views = look_at(images, shape)
-    names = np.array(images.features["label"].names, dtype=object)
-    of = pd.DataFrame({"file": images["file"][:], "label": names[images["label"][:]]})
-    pairs = near_pairs(views, views).join(of.add_suffix("_a"), on="a").join(of.add_suffix("_b"), on="b")
+    views, a = look_at(images, shape), labelled(images)
+    theirs, b = (views, a) if others is None else (look_at(others, shape), labelled(others))
+    pairs = near_pairs(views, theirs).join(a.add_suffix("_a"), on="a").join(b.add_suffix("_b"), on="b")
     return write_table(path, pairs[columns])
+
+
+def labelled(images: Dataset) -> pd.DataFrame:
+    """Return the file and the label, str, of each image."""
+    names = np.array(images.features["label"].names, dtype=object)
+    return pd.DataFrame({"file": images["file"][:], "label": names[images["label"][:]]})
 
 
 def group_images(files: list[str], pairs: pd.DataFrame, patients: Sequence[str] = ()) -> pd.Series:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pandas as pd
-from transformers.utils import cached_file
 
+from .architectures import finder
 from .console import log, stop
 from .files import nfc, read_json, read_table, write_json
 from .workspace import Workspace
@@ -31,8 +31,8 @@ def find_earlier(work: Workspace) -> pd.Series | None:
 
 def fetch(name: str, file: str) -> Path | None:
     """Return the path of a file of a model, in its folder or from the Hub; None if it cannot be had."""
-    kinds = "missing_entries", "connection_errors", "gated_repo"  # there is no public option
-    found = cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
+    kinds = "connection_errors", "gated_repo"  # there is no public option
+    found = finder(name)(file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
     return Path(found) if found else None
 
 

@@ -17,15 +17,13 @@ from transformers import TrainingArguments
 
 from .console import PROCESSES, log, stop_signals
 from .files import may_use
-from .options import Settings
+from .options import PATHS, Settings
 
 try:
     import fcntl
 except ImportError:  # Windows has other locks
     fcntl = None
 
-# Our settings that name a file or folder; the Trainer expands its own output_dir.
-PATHS = "data_url data_dir data_root metadata external_dir model_name_or_path predictions_file".split()
 # What libraries keep in the home folder: the variable that moves it, and where it is without that.
 CACHES = {
     "HF_HUB_CACHE": "hub",
@@ -40,7 +38,7 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # NFS,
 
 def plain_paths(settings: Settings, training: TrainingArguments) -> None:
     """Normalise all paths: expand `~`, drop `./` and a slash at the end."""
-    for name in PATHS:
+    for name in (*PATHS, "predictions_file"):  # the Trainer expands its own output_dir
         if value := getattr(settings, name):
             setattr(settings, name, plain_path(value))
     if settings.predict:

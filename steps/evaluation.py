@@ -18,8 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from .architectures import pixel_shape
 from .console import MAIN, log, show, stop
-from .copies import look_at, near_pairs
-from .duplicates import Scenes, count_pairs, find_scenes
+from .duplicates import Scenes, count_pairs, find_pairs, find_scenes
 from .files import probability_columns, read_json, read_table, remove, write_json, write_table
 from .finetune import chosen_epoch, save_metrics
 from .load import count_classes, load_external
@@ -216,8 +215,9 @@ def evaluate_external(splits: DatasetDict, trainer: Trainer, work: Workspace) ->
     name = f"{folder.name}-{Path(pixels.cache_files[0]['filename']).stem[-6:]}"  # a key of its content
     pixels = keep_readable(pixels, left_out, work.report / f"left_out-{name}.csv")
     seen = datasets.concatenate_datasets([splits[part] for part in ("train", "validation")])
-    twins = near_pairs(look_at(pixels, shape), look_at(seen, shape))["a"].unique()
-    new = pixels.select(np.setdiff1d(np.arange(len(pixels)), twins))
+    with work.training.main_process_first(local=False):
+        twins = find_pairs(pixels, shape, work.report / f"learned-{name}.csv", seen)["file_a"].unique()
+    new = pixels.select(np.flatnonzero(~np.isin(pixels["file"][:], twins)))
     if not len(new):
         stop(f"{folder} has only near-duplicates of our own images", "leave --external_dir out")
     with work.training.main_process_first(local=False):

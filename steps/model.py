@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .architectures import HEAD, MEAN_LOSS, UNUSED
+from .architectures import HEAD, MEAN_LOSS, UNUSED, has_class_names
 from .console import log, stop
 
 
@@ -20,9 +19,9 @@ def draw_head(model: PreTrainedModel, loading: dict[str, Any], checkpoint: str, 
     Returns whether it is new. `loading` says what `from_pretrained` did not find: SystemExit if that was more
     than the head, or the head of a finished model.
     """
-    names = transformers.AutoConfig.from_pretrained(checkpoint).id2label
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
     drawn = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
-    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in names.values())  # as of a body without head
+    names, unnamed = config.id2label, not has_class_names(config)
     bare = unnamed and "classifier.weight" in loading["missing_keys"]
     known = names == model.config.id2label and not bare
     if unnamed and not known and "classifier.weight" not in drawn:

@@ -87,6 +87,7 @@ TRAINING = {  # fields of TrainingArguments: our default, help, name of the valu
     "ddp_find_unused_parameters": (False, "", ""),  # what gets no gradient is frozen
     "ddp_timeout": (4 * 3600, "", ""),  # seconds: the other processes wait for the download
 }
+PATHS = "data_url data_dir data_root model_name_or_path metadata external_dir".split()  # files, folders
 EXAMPLE = {  # flags of transformers' run_image_classification.py without a counterpart here: what to do
     "overwrite_output_dir": "leave it out; to begin anew give another --output_dir, or delete this one",
     "overwrite_cache": "leave it out: pixels are prepared again wherever the images have changed",

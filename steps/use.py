@@ -1,7 +1,6 @@
 """Step 11: a finished model classifies images, folders and archives, on the screen, in a table, on a page."""
 
 import os
-import re
 import runpy
 import shlex
 import tempfile
@@ -18,7 +17,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from .architectures import check_checkpoint, pixel_shape, processor_of
+from .architectures import check_checkpoint, has_class_names, pixel_shape, processor_of
 from .archive_formats import is_archive
 from .archives import unpack
 from .console import MAIN, first_line, log, progress, show, stop
@@ -63,7 +62,7 @@ def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[s
         config = check_checkpoint(name)
     except Exception as problem:  # of any kind, for whatever is damaged in there
         stop(f"cannot use {name}: {first_line(problem)}", "check the name and the network")
-    if not own and all(re.fullmatch(r"LABEL_\d+", label) for label in config.id2label.values()):
+    if not own and not has_class_names(config):
         stop(f"{name} is not fine-tuned: its classes have no names", "train it first")
     return name, classes_of(config)
 

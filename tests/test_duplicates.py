@@ -94,6 +94,22 @@ def test_pairs_are_recorded_and_read_again(planted, tmp_path):
     assert find_pairs(images, shape, path)["file_a"].str.contains("marked").any()
 
 
+def test_pairs_with_other_images_are_recorded_and_read_again(planted, tmp_path):
+    """Every pair of two halves of the images, each image of the first half on the left."""
+    images, shape = planted
+    first, second = (images.select(range(half, len(images), 2)) for half in (0, 1))
+    pairs = find_pairs(first, shape, tmp_path / "learned.csv", second)
+    assert (
+        len(pairs)
+        and set(pairs["file_a"]) <= set(first["file"])
+        and set(pairs["file_b"]) <= set(second["file"])
+    )
+    assert (pairs["label_b"] == pairs["file_b"].str[0]).all()
+    text = (tmp_path / "learned.csv").read_text().replace("0-", "0-marked-")
+    (tmp_path / "learned.csv").write_text(text)
+    assert find_pairs(first, shape, tmp_path / "learned.csv", second)["file_a"].str.contains("marked").any()
+
+
 def textured(seed):
     """A picture, uint8 (224, 224, 3), with details of a few pixels."""
     rng = np.random.default_rng(seed)

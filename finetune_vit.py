@@ -284,7 +284,7 @@ trainer = fine_tune(checkpoint, splits, training)
 # of the test images are painted black, to see whether the model reads burnt-in text instead of tissue.
 
 # %%
-from steps.evaluation import cross_validate, evaluate_external, predict, show_results, summarise
+from steps.evaluation import predict, show_results, summarise
 
 names = ["validation", "test", "train"] if settings.evaluate_train else ["validation", "test"]
 predictions = predict(trainer, splits, names, work.report / "predictions.csv")
@@ -296,6 +296,8 @@ show_results(results)
 # another part of the images. `--external_dir FOLDER` tests this model on images from somewhere else.
 
 # %%
+from steps.validation import cross_validate, evaluate_external
+
 if settings.cross_validate:
     results["cross_validation"] = cross_validate(fine_tune, splits, scenes, work)
 if settings.external_dir:
@@ -309,7 +311,8 @@ if settings.external_dir:
 # the Hub shows it as the model's page. A card that you have edited stays as it is.
 
 # %%
-from steps.figures import charts, galleries
+from steps.figures import charts
+from steps.galleries import galleries
 from steps.report import make_space, write_report
 
 if MAIN:  # under torchrun one process writes

@@ -10,10 +10,10 @@ from sklearn.metrics import multilabel_confusion_matrix, precision_recall_fscore
 from transformers import EvalPrediction
 
 from .files import probability_columns
+from .intervals import LEAST, intervals
 from .options import METRICS
 
 BINS = 15  # of the expected calibration error, equally wide: Guo et al. 2017, arXiv 1706.04599
-LEAST = np.finfo(float).eps  # scikit-learn's log_loss takes no probability for less
 
 
 class Classification(evaluate.Metric):
@@ -80,25 +80,6 @@ def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> 
     scores = intervals(totals, len(losses))
     loss = scores.pop("log_loss")
     return scores | {"ece": true_calibration_error(confidence, guesses == labels, group), "log_loss": loss}
-
-
-def intervals(totals, groups: int) -> dict[str, dict[str, float]]:
-    """Return {"value", "low", "high"} for each column of totals(times), times (draws, groups).
-
-    `times` says how often each group was drawn. Percentile bootstrap over groups (Field and Welsh 2007),
-    1,000 draws. Where its low end is 1, or its high end 0, it has no width: the other end is then the limit
-    of Clopper and Pearson for as many groups. One group has no interval: it is all that is possible.
-    """
-    draw = np.random.RandomState(0).randint
-    drawn = [np.bincount(draw(groups, size=groups), minlength=groups) for _ in range(1000)]
-    low, high = totals(np.array(drawn, float)).quantile([0.025, 0.975]).to_numpy()
-    sure = 0.025 ** (1 / groups)
-    low, high = np.where(low == 1, sure, low), np.where(high == 0, 1 - sure, high)
-    value = totals(np.ones((1, groups))).iloc[0]
-    if groups == 1:  # it says nothing of others
-        low = np.where(value.index == "mcc", -1.0, 0.0)
-        high = np.where(value.index == "log_loss", -np.log(LEAST), 1.0)
-    return pd.DataFrame({"value": value, "low": low, "high": high}).to_dict("index")
 
 
 def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:

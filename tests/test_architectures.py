@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from steps.architectures import ANY_SIZE, CLASS_TOKEN, TYPES, check_checkpoint, pixel_shape, processor_of
 from steps.duplicates import Scenes
 from steps.evaluation import predict
-from steps.figures import draw_examples, galleries
+from steps.galleries import draw_examples, galleries
 from steps.finetune import head_inputs, layerwise_optimizer
 from steps.model import attention_rollout
 from steps.options import Settings

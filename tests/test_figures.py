@@ -14,13 +14,11 @@ from steps.figures import (
     charts,
     draw_class_bars,
     draw_confusion_matrix,
-    draw_conflicts,
-    draw_examples,
     draw_reliability,
     draw_training_curves,
-    galleries,
 )
 from steps.files import probability_columns
+from steps.galleries import draw_conflicts, draw_examples, galleries
 from steps.model import attention_rollout
 from steps.publish import PUBLISHED
 from steps.use import load_classifier

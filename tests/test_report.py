@@ -19,7 +19,8 @@ from PIL import Image
 from test_figures import HISTORY, trainer_of
 
 from steps.duplicates import Scenes
-from steps.figures import charts, galleries
+from steps.figures import charts
+from steps.galleries import galleries
 from steps.options import METRICS
 from steps.report import code, command_of, make_space, plain_text, public, write_report
 

@@ -10,8 +10,9 @@ import torch
 from scipy.stats import beta, bootstrap
 from sklearn import metrics
 
+from steps.intervals import intervals
 from steps.options import METRICS
-from steps.scores import Classification, calibration, calibration_error, intervals, score, score_classes
+from steps.scores import Classification, calibration, calibration_error, score, score_classes
 from steps.scores import temper, true_calibration_error, truth_of
 
 # true a: 3 right, 1 called b; true b: 2 right, 1 called a, 1 called c; true c: 2 right

@@ -22,7 +22,9 @@ from .console import TOKEN, first_line, stop
 from .options import AUGMENTATIONS, KVASIR_URL, METRICS, PATHS, Settings
 
 HELP = "see python finetune_vit.py --help"
-REQUIRED = "accelerate cv2 datasets evaluate matplotlib scipy simplejpeg sklearn threadpoolctl".split()
+REQUIRED = (
+    "accelerate cleanlab cv2 datasets evaluate matplotlib scipy simplejpeg sklearn threadpoolctl".split()
+)
 UNREAD = (".7z", ".rar", ".zst", ".tzst")  # archives that need another program
 NO_TEXT = "[\0\ud800-\udfff]"  # what a text cannot hold: a null byte, or what is not UTF-8
 RANGES = {  # numbers of TrainingArguments by (least, most)

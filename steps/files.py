@@ -19,7 +19,7 @@ from .console import MAIN, retry, stop
 HIDDEN = (".", "__MACOSX", "__pycache__")  # what names such as .ipynb_checkpoints begin with
 DAMAGED = "delete it, and it is made again where that is possible"
 # These columns of our tables are always text.
-COLUMNS = "file file_a file_b split label label_a label_b prediction error reason".split()
+COLUMNS = "file file_a file_b split label label_a label_b prediction proposed error reason".split()
 PREFIX = "p_"  # of the columns of probabilities, so that no class can be called like another column
 
 

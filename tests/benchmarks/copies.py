@@ -28,16 +28,21 @@ def read_pixels(path: Path) -> bytes:
     return np.asarray(picture).transpose(2, 0, 1).tobytes()
 
 
-def judge(pairs: pd.DataFrame, groups: np.ndarray, scenes: np.ndarray) -> None:
-    """Print precision, neighbours in one group, and wrongly grouped pairs."""
+def judge(pairs: pd.DataFrame, groups: np.ndarray, scenes: np.ndarray) -> dict[str, str]:
+    """Return the precision of pairs, the share of neighbours in one group, and wrongly grouped pairs.
+
+    `groups` and `scenes` (n,) are what was found and what is true of images in the order of their names.
+    """
     rows = itertools.pairwise(range(len(scenes)))
     near = [groups[a] == groups[b] for a, b in rows if scenes[a] == scenes[b]]
     grouped = np.triu(groups[:, None] == groups, 1)
     wrong = (grouped & (scenes[:, None] != scenes)).sum()
-    right = (scenes[pairs["a"]] == scenes[pairs["b"]]).mean()
-    print(
-        f"precision {right:.3f}; neighbours in one group {np.mean(near):.2f}; wrong {wrong}/{grouped.sum()}"
-    )
+    right = scenes[pairs["a"]] == scenes[pairs["b"]]
+    return {
+        "precision": f"{right.mean():.3f}" if len(right) else "–",
+        "neighbours in one group": f"{np.mean(near):.2f}",
+        "wrong": f"{wrong} of {grouped.sum()}",
+    }
 
 
 def main() -> None:
@@ -58,7 +63,7 @@ def main() -> None:
         print(f"{own} of {len(files) - len(set(stems))} copies found")
     if args.scenes:
         table = pd.read_csv(args.scenes).set_index("file")["sequence"]
-        judge(pairs, groups, table[[path.name for path in paths]].to_numpy())
+        print(judge(pairs, groups, table[[path.name for path in paths]].to_numpy()))
 
 
 if __name__ == "__main__":

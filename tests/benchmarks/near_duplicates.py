@@ -6,6 +6,11 @@
 takes the flags of finetune_vit.py and prints a table: pairs, pairs with two labels, groups, the largest
 group, recall (of pairs whose class tokens have a cosine of 0.99 or more), accuracy and macro F1 of a
 logistic regression on the class tokens over 5 grouped folds, mean and standard deviation of 4 seeds.
+
+Where the scene of each frame is known, the table says instead how many pairs are of one scene, how many
+neighbours of a scene end in one group, and how many grouped pairs are of two scenes:
+
+    ... --metadata TABLE.csv --group_column_name sequence
 """
 
 import argparse
@@ -30,12 +35,13 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from copies import judge
 from story import make_work
 
 from steps.architectures import check_checkpoint, pixel_shape
 from steps.copies import NEAR, look_at, near_pairs
 from steps.download import fetch_images
-from steps.load import load_folder
+from steps.load import as_dataset, find_images
 from steps.preprocess import keep_readable, pixels_of, prepare_pixels
 from steps.use import load_classifier
 from steps.workspace import Workspace
@@ -57,7 +63,8 @@ def read_images(work: Workspace) -> tuple[Dataset, tuple[int, int, int], np.ndar
     check_checkpoint(name)
     folder, _ = fetch_images(work)
     model, processor = load_classifier(name)
-    listed, left_out = load_folder(folder, work.settings, work.cache)
+    table, left_out = find_images(folder, work.settings)
+    listed = as_dataset(table, sorted(set(table["label"])))  # of one class, perhaps: frames without labels
     images = prepare_pixels(listed, folder, processor, work.cache)
     images, shape = keep_readable(images, left_out, work.report / "left_out.csv"), pixel_shape(processor)
     pixels = pixels_of(images["file"], images, shape)
@@ -98,6 +105,7 @@ def main() -> None:
     work = make_work([*flags, "--output_dir", temporary.name])
     images, shape, tokens = read_images(work)
     labels, n = np.array(images["label"]), len(images)
+    scenes = np.array(images["group"]) if "group" in images.column_names else None
     pixels = pixels_of(images["file"], images, shape)
 
     cosine = 1 - (tokens @ tokens.T).clip(-1, 1)
@@ -124,7 +132,11 @@ def main() -> None:
         rows[name] = {
             "pairs": len(a), "two labels": (labels[a] != labels[b]).sum(), "groups": len(sizes),
             "largest": sizes.max(), "recall": f"{near[alike].mean():.2f}",
-        } | probe(tokens, labels, groups)  # fmt: skip
+        }  # fmt: skip
+        if scenes is None:
+            rows[name] |= probe(tokens, labels, groups)
+        else:
+            rows[name] |= judge(pd.DataFrame({"a": a, "b": b}), groups, scenes)
     print(pd.DataFrame(rows).T.to_string())
 
 

@@ -313,6 +313,20 @@ def test_card_tells_what_was_measured_elsewhere(card_of, results):
     assert "5 more models" in text and "accuracy 0.900 ± 0.020, macro F1 0.850 ± 0.030" in text
 
 
+def test_card_says_how_many_labels_are_in_doubt(card_of, results):
+    results["label_issues"] = {"images": 60, "listed": 9, "confident": 2, "from": "validation and test"}
+    text = " ".join(card_of().text.split())
+    assert "By validation and test, another class is more plausible than the label for 9 of 60 images" in text
+    assert "for 2 of them by confident learning: `report/label_issues.csv`" in text
+
+
+@pytest.mark.parametrize("patients", [True, False])
+def test_card_says_what_appearance_cannot_find_where_no_patients_are_known(card_of, results, patients):
+    results["split"] |= {"patients": 40, "scenes": 90, "images_without_patient": 0} if patients else {}
+    text = " ".join(card_of().text.split())
+    assert ("about four in ten neighbouring frames" in text) is not patients
+
+
 def test_an_edited_card_is_left_alone_and_an_untouched_one_follows_the_results(tmp_path, card_of, results):
     card = tmp_path / "README.md"
     card_of()

@@ -216,6 +216,8 @@ def folder(tmp_path):
     for name in [
         *PUBLISHED,
         "report/mistakes.png",
+        "report/label_issues.png",
+        "report/label_issues.csv",
         "report/predictions.csv",
         "checkpoint-3/model.safetensors",
     ]:

@@ -316,8 +316,8 @@ def test_card_tells_what_was_measured_elsewhere(card_of, results):
 def test_card_says_how_many_labels_are_in_doubt(card_of, results):
     results["label_issues"] = {"images": 60, "listed": 9, "confident": 2, "from": "validation and test"}
     text = " ".join(card_of().text.split())
-    assert "By validation and test, another class is more plausible than the label for 9 of 60 images" in text
-    assert "for 2 of them by confident learning: `report/label_issues.csv`" in text
+    assert "not learned (validation and test), and the near-duplicates find another class" in text
+    assert "the label of 9 of 60 images, 2 of them by confident learning: `report/label_issues.csv`" in text
 
 
 @pytest.mark.parametrize("patients", [True, False])

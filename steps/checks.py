@@ -161,6 +161,8 @@ def combinations(settings: Settings, training: TrainingArguments) -> Iterator[tu
         yield lacking, f"the package {package} is not installed", "pip install -r requirements.txt"
     lacking = settings.demo and not importlib.util.find_spec("gradio")
     yield lacking, "--demo needs Gradio", "pip install gradio"
+    both = settings.compare and (settings.predict or settings.demo)
+    yield both, "--compare reads finished runs, --predict and --demo use one", "give one of these"
     alone = settings.demo_share and not settings.demo
     yield alone, "--demo_share needs --demo", "add --demo"
     alone = settings.predictions_file and not settings.predict

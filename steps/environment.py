@@ -41,8 +41,9 @@ def plain_paths(settings: Settings, training: TrainingArguments) -> None:
     for name in (*PATHS, "predictions_file"):  # the Trainer expands its own output_dir
         if value := getattr(settings, name):
             setattr(settings, name, plain_path(value))
-    if settings.predict:
-        settings.predict = [plain_path(path) for path in settings.predict]
+    for name in ("compare", "predict"):
+        if values := getattr(settings, name):
+            setattr(settings, name, [plain_path(path) for path in values])
     if training.resume_from_checkpoint:
         training.resume_from_checkpoint = plain_path(training.resume_from_checkpoint)
 

@@ -54,6 +54,7 @@ class Settings:
     cross_validate: int = setting(0, "Train K more models on K folds; report mean and spread.", "K")
     external_dir: str | None = setting(None, "Labelled images from elsewhere, to test on.", "FOLDER")
     hub_space_id: str | None = setting(None, "With --push_to_hub: Space for the model's page.", "ID")
+    compare: list[str] | None = setting(None, "Do not train: compare the output_dir of runs.", "RUN ...")
     predict: list[str] | None = setting(None, "Do not train: classify images, folders, archives.", "PATH ...")
     predictions_file: str | None = setting(None, "CSV file for the answers of --predict.", "FILE")
     demo: bool = setting(False, "Do not train: open a web page to try the model.")

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from .architectures import check_checkpoint, has_class_names, pixel_shape, processor_of
 from .archive_formats import is_archive
 from .archives import unpack
+from .compare import compare_runs
 from .console import MAIN, first_line, log, progress, show, stop
 from .environment import same_value
 from .files import PREFIX, atomic, csv_options, printable, probability_columns, read_json
@@ -33,7 +34,11 @@ from .workspace import DRIVE, keep_on_drive
 
 
 def use_model(settings: Settings, training: TrainingArguments) -> None:
-    """Do what --predict and --demo ask of a finished model."""
+    """Do what --predict, --demo and --compare ask of finished models."""
+    if settings.compare:
+        if MAIN:
+            compare_runs(settings, training)
+        return
     keep_on_drive(settings, training, DRIVE)  # moves output_dir there on Colab
     if MAIN and settings.predict:
         predict_files(settings, training)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from sklearn.metrics import f1_score
 from transformers import ViTForImageClassification
 
 spec = importlib.util.spec_from_file_location("recipe", ROOT / "tests" / "benchmarks" / "recipe.py")
@@ -40,16 +39,6 @@ def test_no_group_teaches_and_tests(protocol, parts):
         else:
             assert sorted(sum(tests[-3:], [])) == list(range(900))
     assert tests[0] != tests[parts]  # another seed, another division
-
-
-def test_macro_f1_counts_images_as_often_as_they_are_drawn():
-    random = np.random.default_rng(0)
-    labels, guesses = random.integers(0, 3, (2, 50))
-    weights = random.integers(0, 3, (4, 50))
-    scores = recipe.macro_f1(labels, guesses, weights, 3)
-    for score, times in zip(scores, weights, strict=True):
-        drawn = np.repeat(np.arange(50), times)
-        assert score == pytest.approx(f1_score(labels[drawn], guesses[drawn], average="macro"))
 
 
 def test_difference_is_paired_and_relative_to_the_tutorial():

@@ -42,8 +42,9 @@ from steps.duplicates import find_scenes
 from steps.files import atomic
 from steps.finetune import fit_head
 from steps.load import load_folder
+from steps.paired import Images, weighted_scores
 from steps.preprocess import Collator, keep_readable, prepare_pixels
-from steps.scores import calibration_error, fit_temperature, scores_of
+from steps.scores import calibration_error, fit_temperature
 from steps.split import deal
 from steps.use import load_classifier
 from steps.workspace import versions
@@ -251,12 +252,6 @@ def mix(trainer, cut: bool) -> None:
     trainer.compute_loss_func = loss
 
 
-def macro_f1(labels: np.ndarray, guesses: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
-    """Return the macro F1 of guesses (n,) for each row of weights (draws, n), of the classes there are."""
-    true, guessed = np.eye(classes)[labels], np.eye(classes)[guesses]
-    return scores_of(*(weights @ part for part in (true * guessed, true, guessed)))["macro_f1"].to_numpy()
-
-
 def out_of_fold_calibration(parts: list, labels: np.ndarray) -> dict[str, float]:
     """Return calibration error and log loss, each part's temperature fitted on the other parts."""
     truths, probabilities = [], []
@@ -275,15 +270,17 @@ def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int 
     """Return a row per run; results[run][seed] is a list of (rows, logits, seconds), one per fold or draw."""
     random, group = np.random.RandomState(0), np.unique(groups, return_inverse=True)[1]
     n, classes = group.max() + 1, labels.max() + 1
-    times = [np.bincount(random.randint(n, size=n), minlength=n)[group] for _ in range(draws)]
-    times = np.stack([np.ones(len(labels)), *times])  # the first draw is all images, once
+    times = [np.bincount(random.randint(n, size=n), minlength=n) for _ in range(draws)]
+    times = np.stack([np.ones(n), *times])  # the first draw is all groups, once
     errors, table = {}, {}
     for run, by_seed in sorted(results.items(), key=lambda item: item[0] != "tutorial"):
         accuracy, seconds = [], []
         for seed, parts in by_seed.items():
             rows, logits = (np.concatenate([part[i] for part in parts]) for i in range(2))
             guesses = logits.argmax(1)
-            errors[run, seed] = 1 - macro_f1(labels[rows], guesses, times[:, rows], classes)
+            tested = Images(labels[rows], group[rows], classes)
+            scores = weighted_scores(tested, guesses, times[:, : tested.groups])
+            errors[run, seed] = 1 - scores["macro_f1"].to_numpy()
             accuracy.append((guesses == labels[rows]).mean())
             seconds.append(sum(part[2] for part in parts))
         scores = 1 - np.array([errors[run, seed][0] for seed in by_seed])

@@ -1,5 +1,6 @@
 """Step 11: finished runs compared, in words, numbers and a picture."""
 
+import copy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .workspace import DRIVE, MAY_DIFFER, keep_on_drive
 
 def compare_runs(settings: Settings, training: TrainingArguments) -> None:
     """Do what --compare asks: compare the first run with each of the others, and write what is found."""
-    runs = find_runs(settings.compare)
+    runs = find_runs([locate(folder, settings, training) for folder in settings.compare])
     folder = choose_folder(runs, settings, training)
     for run in runs:
         run.check()
@@ -49,6 +50,16 @@ def compare_runs(settings: Settings, training: TrainingArguments) -> None:
     tell(found, folder)
 
 
+def locate(folder: str, settings: Settings, training: TrainingArguments) -> str:
+    """Return the folder of a run: as given or, on Colab, of this name on Drive."""
+    if Path(folder).is_dir():
+        return folder
+    moved = copy.copy(training)
+    moved.output_dir = folder
+    keep_on_drive(settings, moved, DRIVE)
+    return moved.output_dir
+
+
 def choose_folder(runs: list[Run], settings: Settings, training: TrainingArguments) -> Path:
     """Return the folder to write into: as given, else one named after the runs. Raises SystemExit."""
     if training.output_dir == TRAINING["output_dir"][0]:  # none was given
@@ -65,12 +76,11 @@ def choose_folder(runs: list[Run], settings: Settings, training: TrainingArgumen
 
 def describe(run: Run, scores: pd.DataFrame) -> dict[str, Any]:
     """Return how a run was made, and its scores on the shared images."""
-    settings = run.record["settings"]
     return {
         "name": run.name,
         "made": run.results["made"],
-        "recipe": settings["recipe"],
-        "model": public(settings["model_name_or_path"]),
+        "recipe": run.record["settings"]["recipe"],
+        "model": public(run.record["settings"]["model_name_or_path"]),
         "seed": run.record["training"]["seed"],
         "train_seconds": run.results["speed"]["train_seconds"],
         "scores": scores.iloc[0].dropna().to_dict(),

@@ -33,7 +33,7 @@ class Run:
 
     @cached_property
     def results(self) -> dict:
-        return read_json(self.report / "metrics.json", ["test", "per_class", "made"], UNFIT)
+        return read_json(self.report / "metrics.json", ["test", "per_class", "made", "speed"], UNFIT)
 
     @cached_property
     def split(self) -> pd.DataFrame:

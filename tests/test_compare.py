@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score
 
 from steps import use
 from steps.files import probability_columns, read_table
-from steps.compare import draw_comparisons, notes
+from steps.compare import choose_folder, draw_comparisons, locate, notes
 from steps.runs import answers_of, find_runs, share
 
 CLASSES = ["cecum", "polyp", "ulcer"]
@@ -111,6 +111,20 @@ def test_numbers_words_and_files(runs, tmp_path, monkeypatch, caplog, capsys):
     assert listed["probability_slow"][0] == pytest.approx(tested[1].iloc[0, 4:].max())
     everything = b"".join(path.read_bytes() for path in folder.iterdir())
     assert str(tmp_path).encode() not in everything
+
+
+def test_colab_looks_for_runs_and_keeps_the_comparison_on_drive(runs, tmp_path, monkeypatch):
+    (tmp_path / "google" / "colab").mkdir(parents=True)
+    (tmp_path / "google" / "colab" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "drive")
+    monkeypatch.setattr("steps.compare.DRIVE", tmp_path / "drive")
+    home = tmp_path / "drive" / "MyDrive" / "finetune_vit"
+    shutil.copytree(runs[0], home / "model")
+    settings, training = read_settings(["--compare", "model", runs[1]])
+    found = find_runs([locate(folder, settings, training) for folder in settings.compare])
+    assert [run.folder for run in found] == [home / "model", runs[1]]
+    assert choose_folder(found, settings, training) == home / "comparison-model-slow"
 
 
 def test_again_the_same_and_never_half_done(runs, tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
-from .console import log, show, stop
+from .console import listed, log, show, stop
 from .environment import can_write, same_value
 from .figures import BLUE, MOST
 from .files import atomic, probability_columns, write_json, write_table
@@ -22,6 +22,10 @@ from .paired import Images, compare_recalls, compare_scores, mcnemar, score_with
 from .report import public
 from .runs import Run, answers_of, find_runs, number, share
 from .workspace import DRIVE, MAY_DIFFER, keep_on_drive
+
+SEEDS = "this holds for these trained models; another seed makes another model: train each with a few seeds"
+SEEDS += " before you prefer its settings"
+FEW = 30  # groups: with fewer, 95 % intervals of log loss held the truth in as little as 65 % of simulations
 
 
 def compare_runs(settings: Settings, training: TrainingArguments) -> None:
@@ -108,37 +112,31 @@ def verdict(comparison: dict, counts: dict) -> str:
         ends = f"{value:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
         return f"{told.format(**counts)}: {other} minus {first} is {ends}"
     better, ends = (other, (low, high)) if value > 0 else (first, (-high, -low))
-    return (
-        f"{better} is better by {abs(value):.3f} in macro F1 (95 % interval {ends[0]:.3f} to {ends[1]:.3f})"
-    )
+    ends = "95 % interval {:.3f} to {:.3f}".format(*ends)
+    return f"{better} is better by {abs(value):.3f} in macro F1 ({ends})"
 
 
 def notes(found: dict) -> list[str]:
     """Return what a reader must know about the numbers, as sentences."""
     images, groups, several = found["images"], found["groups"], len(found["comparisons"])
-    lines = ["this holds for these trained models: another seed makes another model, so train each with a few"
-             " seeds before you prefer its settings"]  # fmt: skip
-    if groups < images:
-        lines.append(f"McNemar's test takes {images:,} images for independent, but they are of {groups:,}"
-                     " groups (patients, scenes): believe the interval and the test over groups")  # fmt: skip
-    if groups == 1:
-        lines.append("all images are of one group: nothing can be told of others")
-    if several > 1:
-        lines.append(
-            f"of {several} comparisons, some may seem to differ by chance: each errs once in 20 times"
-        )
-    if not found["same_data"]:
-        lines.append("the runs' data are not recorded as the same: images are matched by name and label")
-    for count, text in (
-        (found["other_label"], "have another label in another run and are left out"),
-        (found["not_in_all"], "were not tested by all runs and are left out"),
-    ):
-        lines += [f"{count:,} test images {text}"] if count else []
-    for name, count in found["near_learned"].items():
-        if count:
-            what = f"{count:,} of the images are of groups that {name} has learned other images of"
-            lines.append(f"{what}: its score is optimistic")
-    return lines
+    alone = f"McNemar's test takes {images:,} images for independent, but they are of {groups:,} groups"
+    other = f"{found['other_label']:,} test images have another label in another run and are left out"
+    absent = f"{found['not_in_all']:,} test images were not tested by all runs and are left out"
+    unseen = f"no score counts {listed(found['untested_classes'])}: the shared images hold none of it"
+    rows = [
+        (True, SEEDS),
+        (groups < images, f"{alone} (patients, scenes): believe the interval and the test over groups"),
+        (groups == 1, "all images are of one group: nothing can be told of others"),
+        (1 < groups < FEW, f"of {groups} groups, the interval of log loss is too narrow"),
+        (several > 1, f"each of {several} comparisons errs once in 20 times: some may differ by chance"),
+        (not found["same_data"], "the runs have other data on record: images are matched by name and label"),
+        (found["untested_classes"], unseen),
+        (found["other_label"], other),
+        (found["not_in_all"], absent),
+    ]
+    near = "{:,} of the images are of groups that {} has learned other images of: its score is optimistic"
+    rows += [(count, near.format(count, name)) for name, count in found["near_learned"].items()]
+    return [text for holds, text in rows if holds]
 
 
 def differing_images(runs: list[Run], shared: pd.DataFrame) -> pd.DataFrame:
@@ -186,34 +184,45 @@ def tell(found: dict, folder: Path) -> None:
 
 def draw_comparisons(comparisons: list[dict]) -> Figure:
     """Draw a row for each comparison: differences of the scores, and of the classes' recalls."""
-    classes = max(min(len(one["recalls"]), MOST) for one in comparisons)
-    height = 1.6 + max(2.6, 0.26 * classes)
-    figure = Figure(figsize=(10, height * len(comparisons)), layout="constrained")
+    names = [name for one in comparisons for name in most_different(one["recalls"])]
+    height = max(2.6, 0.26 * len(names) / len(comparisons))
+    figure = Figure(figsize=(10, (1.6 + height) * len(comparisons)), layout="constrained")
     shown = letter([*comparisons[0]["recalls"]])
     rows = figure.subfigures(len(comparisons), 1, squeeze=False)[:, 0]
     for row, one in zip(rows, comparisons, strict=True):
-        draw_comparison(row, one, shown)
-    explain(figure, shown, shown)
+        below = height - 3.6  # inches without use, under the scores
+        mosaic = [["scores", "recalls"], ["loss", "recalls"], [".", "recalls"]][: 3 if below > 0 else 2]
+        ratios = [2.2, 0.4, below][: len(mosaic)]
+        draw_comparison(row.subplot_mosaic(mosaic, height_ratios=ratios), one, shown)
+        title = (
+            f"{one['other']} minus {one['first']}, 95 % intervals",
+            f"right of the line {one['other']} is better",
+        )
+        row.suptitle("\n".join(line for text in title for line in textwrap.wrap(text, 110)), fontsize=10)
+    explain(figure, names, shown)
     return figure
 
 
-def draw_comparison(figure: SubFigure, one: dict, shown: dict[str, str]) -> None:
+def most_different(recalls: dict[str, dict]) -> list[str]:
+    """Return the classes, in their order; of more than MOST, those whose recalls differ most."""
+    sizes = np.array([-abs(recall["value"]) for recall in recalls.values()])
+    return [[*recalls][place] for place in np.sort(sizes.argsort(kind="stable")[:MOST])]
+
+
+def draw_comparison(axes: dict[str, Axes], one: dict, shown: dict[str, str]) -> None:
     """Draw one comparison. Log loss has an axis of its own, turned so that better is to the right."""
-    title = f"{one['other']} minus {one['first']}, 95 % intervals; right of the line {one['other']} is better"
-    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=10)
-    axes = figure.subplot_mosaic([["scores", "recalls"], ["loss", "recalls"]], height_ratios=[5, 1])
     scores = pd.DataFrame(one["differences"]).T
     loss = -scores.loc[["log_loss"], ["value", "high", "low"]].set_axis(["value", "low", "high"], axis=1)
     words = {name: name.replace("_", " ").replace("f1", "F1") for name in scores.index}
     words |= {"mcc": "MCC", "macro_auroc": "macro AUROC"}
     draw_differences(axes["scores"], scores.drop("log_loss").rename(words), "difference in score")
     draw_differences(axes["loss"], loss.rename(words), "log loss is less by")
-    recalls = pd.DataFrame(one["recalls"]).T
-    largest = np.sort((-recalls["value"].abs()).to_numpy().argsort(kind="stable")[:MOST])
-    only = f"; {MOST} of {len(recalls):,} classes, that differ most" if len(recalls) > MOST else ""
-    recalls = recalls.iloc[largest].astype({"n": int, "groups": int})
+    names, count = most_different(one["recalls"]), len(one["recalls"])
+    recalls = pd.DataFrame({name: one["recalls"][name] for name in names}).T
+    recalls = recalls.astype({"n": int, "groups": int})
     recalls.index = [f"{shown[row.Index]} ({row.n}, {row.groups})" for row in recalls.itertuples()]
-    draw_differences(axes["recalls"], recalls, f"difference in recall; in brackets: images, groups{only}")
+    only = f"; {MOST} of {count:,} classes, that differ most" if count > MOST else ""
+    draw_differences(axes["recalls"], recalls, f"difference in recall\nin brackets: images, groups{only}")
 
 
 def draw_differences(axes: Axes, table: pd.DataFrame, label: str) -> None:
@@ -226,4 +235,5 @@ def draw_differences(axes: Axes, table: pd.DataFrame, label: str) -> None:
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_yticks(range(len(table)), table.index)
     axes.set(ylim=(-0.6, len(table) - 0.4), xlabel=label)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="x", alpha=0.3)

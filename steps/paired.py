@@ -92,18 +92,20 @@ def score_without(images: Images, answers: Answers) -> pd.DataFrame:
 def jackknife(values: np.ndarray, unseen: float, most: float) -> dict[str, float]:
     """Return {"value", "low", "high"} of a difference, 95 %, from `values`: its own, then without each group.
 
-    The delete-one-group jackknife with Student's t for groups - 1 degrees of freedom (Bell and McCaffrey
-    2002; MacKinnon, Nielsen and Webb 2023 call it CV3): it covers with few and with unequal groups, where the
-    percentile bootstrap is too narrow. `unseen` is the standard error that one more group would add in which
-    only one of the models is right, as Agresti and Min 2005 add an image: models that have differed nowhere
-    may still differ elsewhere. One group says nothing of others: then the interval is from -most to most.
+    The delete-one-group jackknife with Student's t (Bell and McCaffrey 2002; CV3 of MacKinnon, Nielsen and
+    Webb 2023). Models that differ in few groups, or none, may still differ elsewhere: so one more group is
+    counted (Agresti and Min 2005 add an image). Its effect is the mean of those seen and of `unseen`, that of
+    a group in which only one model is right. Without `unseen`, t has as many degrees of freedom as groups
+    carry the variance. One group says nothing of others: the interval is then from -most to most.
     """
-    value, without = values[0], values[1:]
-    if len(without) == 1 or np.isnan(without).any():
+    value, groups = values[0], len(values) - 1
+    if groups == 1 or np.isnan(values).any():
         return {"value": float(value), "low": -most, "high": most}
-    groups = len(without)
-    error = np.sqrt((groups - 1) / groups * ((without - value) ** 2).sum() + unseen**2)
-    reach = scipy.stats.t.ppf(0.975, groups - 1) * error
+    squares = (values[1:] - value) ** 2 * (groups - 1) / groups
+    carriers = squares.sum() ** 2 / max((squares**2).sum(), LEAST**4)  # 1: all of it is one group's
+    more = (squares.sum() + unseen**2) / (carriers + 1)
+    freedom = groups - 1 if unseen else np.clip(carriers, 1, groups - 1)
+    reach = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(squares.sum() + more)
     ends = np.clip([value - reach, value + reach], -most, most)
     return {"value": float(value), "low": float(ends[0]), "high": float(ends[1])}
 

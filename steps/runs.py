@@ -122,17 +122,14 @@ def share(runs: list[Run]) -> tuple[pd.DataFrame, dict[str, Any]]:
     same = present & np.all(labels, axis=0)
     groups, shared = join_groups(runs), first.loc[same, ["file", "label"]]
     if not len(shared):
-        stop(
-            f"{' and '.join(run.name for run in runs)} share no test image of the same name and label",
-            SAME_SPLIT,
-        )
+        names = " and ".join(run.name for run in runs)
+        stop(f"{names} share no test image of the same name and label", SAME_SPLIT)
     shared["group"] = np.unique(groups[shared.index], return_inverse=True)[1]
     everything = set().union(*(run.tested.index for run in runs))
-    counts = {"images": len(shared), "groups": int(shared["group"].max() + 1)}
-    counts |= {
-        "other_label": int((present & ~same).sum()),
-        "not_in_all": len(everything) - int(present.sum()),
-    }
+    untested = [name for name in runs[0].classes if name not in set(shared["label"])]
+    counts = {"untested_classes": untested, "images": len(shared), "groups": int(shared["group"].max() + 1)}
+    counts |= {"other_label": int((present & ~same).sum())}
+    counts |= {"not_in_all": len(everything) - int(present.sum())}
     learned = {run.name: groups[run.split.index[run.split["split"] != "test"]] for run in runs}
     near = {name: int(groups[shared.index].isin(those).sum()) for name, those in learned.items()}
     return shared, counts | {"near_learned": near, "same_data": same_data(runs)}

@@ -68,16 +68,22 @@ def test_an_auroc_without_pairs_is_not_a_number():
     assert (found["macro_auroc"]["low"], found["macro_auroc"]["high"]) == (-1, 1)
 
 
-def test_the_interval_of_a_mean_is_students():
-    random = np.random.default_rng(0)
-    values = random.normal(size=9)
-    without = [np.delete(values, row).mean() for row in range(9)]
-    found = jackknife(np.array([values.mean(), *without]), 0.0, 9.0)
-    ends = scipy.stats.ttest_1samp(values, 0).confidence_interval()
-    assert list(found.values()) == pytest.approx([values.mean(), *ends])
-    wider = jackknife(np.array([values.mean(), *without]), 0.5, 9.0)
-    error = np.hypot(values.std(ddof=1) / 3, 0.5)
-    assert wider["high"] == pytest.approx(values.mean() + scipy.stats.t.ppf(0.975, 8) * error)
+@pytest.mark.parametrize("n, unseen", [(9, 0.5), (9, 0.0), (400, 0.01)])
+def test_the_interval_of_a_mean_is_students_with_one_more_value(n, unseen):
+    values = np.random.default_rng(0).normal(size=n)
+    without = [np.delete(values, row).mean() for row in range(n)]
+    found = jackknife(np.array([values.mean(), *without]), unseen, 9.0)
+    squares = (values - values.mean()) ** 2
+    carriers = squares.sum() ** 2 / (squares**2).sum()
+    variance = values.var(ddof=1) / n
+    reach = np.sqrt(variance + (variance + unseen**2) / (carriers + 1))
+    reach *= scipy.stats.t.ppf(0.975, n - 1 if unseen else carriers)
+    assert list(found.values()) == pytest.approx(
+        [values.mean(), values.mean() - reach, values.mean() + reach]
+    )
+    if n == 400:
+        ends = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+        assert [found["low"], found["high"]] == pytest.approx([*ends], abs=0.001)
 
 
 def test_the_order_of_two_models_turns_the_sign():
@@ -111,8 +117,7 @@ def test_the_recall_of_a_class_rests_on_its_own_groups():
     assert found.keys() == {0} and found[0]["value"] == pytest.approx(2 / 6)
     assert (found[0]["n"], found[0]["groups"]) == (6, 4)
     without = np.array([0 / 4, 2 / 5, 3 / 4, 1 / 5])
-    error = np.sqrt(3 / 4 * ((without - 2 / 6) ** 2).sum() + 1 / 16)
-    assert found[0]["low"] == pytest.approx(max(2 / 6 - scipy.stats.t.ppf(0.975, 3) * error, -1))
+    assert found[0] == jackknife(np.array([2 / 6, *without]), 1 / 4, 1.0) | {"n": 6, "groups": 4}
 
 
 def test_one_group_says_nothing_of_others():

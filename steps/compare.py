@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
-from .console import listed, log, show, stop
+from .console import NOTEBOOK, listed, log, show, show_picture, stop
 from .environment import can_write, same_value
 from .figures import BLUE, MOST
 from .files import atomic, probability_columns, write_json, write_table
@@ -161,6 +161,8 @@ def write(found: dict, images: pd.DataFrame, folder: Path) -> None:
     with atomic(folder / "comparison.png") as part, matplotlib.rc_context(style):
         draw_comparisons(found["comparisons"]).savefig(part, dpi=150)
     write_json(folder / "comparison.json", found)
+    if NOTEBOOK:
+        show_picture((folder / "comparison.png").read_bytes())
 
 
 def tell(found: dict, folder: Path) -> None:

@@ -40,11 +40,9 @@ class Images:
         return np.unique(pairs[:, 0], return_counts=True)[1]
 
 
-def weighted_scores(images: Images, guesses: np.ndarray, times: np.ndarray) -> pd.DataFrame:
-    """Return METRICS, a row per row of `times` (draws, groups): how often each group counts."""
-    return scores_of(
-        *(times @ table for table in count(images.labels, guesses, images.group, images.classes))
-    )
+def leave_out(values: np.ndarray) -> np.ndarray:
+    """Return the sum of `values` (groups, ...) over groups, then the sums without each (1 + groups, ...)."""
+    return np.concatenate([values.sum(0)[None], values.sum(0) - values])
 
 
 def macro_auroc(images: Images, probabilities: np.ndarray) -> np.ndarray:
@@ -66,11 +64,10 @@ def macro_auroc(images: Images, probabilities: np.ndarray) -> np.ndarray:
         return pd.DataFrame(values).groupby(images.group).sum().to_numpy(float)
 
     everywhere, inside = below(np.zeros(len(own))), below(images.group)
-    won = np.where(own, everywhere, own.sum(0) - everywhere)
-    left = np.where(own, everywhere, 0).sum(0) - by_group(won - np.where(own, inside, 0))
-    pairs = (own.sum(0) - by_group(own)) * ((~own).sum(0) - by_group(~own))
-    whole = np.where(own, everywhere, 0).sum(0), own.sum(0) * (~own).sum(0)
-    left, pairs = (np.vstack([one, each]) for one, each in zip(whole, (left, pairs), strict=True))
+    won = np.where(own, everywhere, own.sum(0) - everywhere)  # pairs, as one of the class or of the rest
+    every = np.where(own, everywhere, 0).sum(0)
+    left = every - by_group(won - np.where(own, inside, 0))  # pairs within the group were subtracted twice
+    left, pairs = np.vstack([every, left]), leave_out(by_group(own)) * leave_out(by_group(~own))
     shares = np.divide(left, pairs, out=np.full_like(left, np.nan), where=pairs > 0)
     has_pairs = (pairs > 0).sum(1)
     return np.divide(np.nansum(shares, 1), has_pairs, out=np.full(len(left), np.nan), where=has_pairs > 0)
@@ -78,13 +75,13 @@ def macro_auroc(images: Images, probabilities: np.ndarray) -> np.ndarray:
 
 def score_without(images: Images, answers: Answers) -> pd.DataFrame:
     """Return COMPARED: a row of all images, then one without each group (1 + groups rows)."""
-    times = np.vstack([np.ones(images.groups), 1 - np.eye(images.groups)])
+    counts = count(images.labels, answers.guesses, images.group, images.classes)
     with np.errstate(invalid="ignore"):  # without the only group there is nothing
-        table = weighted_scores(images, answers.guesses, times)
+        table = scores_of(*map(leave_out, counts))
     rows = np.arange(len(images.labels))
     losses = -np.log(answers.probabilities[rows, images.labels].clip(LEAST))
-    sizes = times @ np.bincount(images.group)
-    table["log_loss"] = times @ np.bincount(images.group, losses) / sizes.clip(1)
+    sizes = leave_out(np.bincount(images.group)).clip(1)
+    table["log_loss"] = leave_out(np.bincount(images.group, losses)) / sizes
     table["macro_auroc"] = macro_auroc(images, answers.probabilities)
     return table[COMPARED]
 
@@ -134,7 +131,7 @@ def compare_recalls(images: Images, first: Answers, other: Answers) -> dict[int,
         rows = images.labels == label
         group = np.unique(images.group[rows], return_inverse=True)[1]
         gain, n = np.bincount(group, gains[rows]), np.bincount(group)
-        values = np.append(gain.sum(), gain.sum() - gain) / np.append(n.sum(), n.sum() - n).clip(1)
+        values = leave_out(gain) / leave_out(n).clip(1)
         result[int(label)] = jackknife(values, 1 / len(n), 1.0) | {"n": int(n.sum()), "groups": len(n)}
     return result
 

@@ -8,7 +8,7 @@ from sklearn.metrics import (
 )  # fmt: skip
 
 from steps.paired import Answers, Images, compare_recalls, compare_scores, jackknife, macro_auroc, mcnemar
-from steps.paired import COMPARED, score_without, swap_test, weighted_scores
+from steps.paired import COMPARED, score_without, swap_test
 
 
 def answer(images, skill, seed):
@@ -49,14 +49,6 @@ def test_scores_of_all_images_and_without_each_group_are_scikit_learns():
         wanted.append(roc_auc_score(pair[0], answers.probabilities[kept], multi_class="ovr"))
         wanted.append(log_loss(pair[0], answers.probabilities[kept], labels=range(3)))
         assert table.iloc[row].tolist() == pytest.approx(wanted)
-
-
-def test_groups_count_as_often_as_they_are_drawn():
-    images, random = draw(groups=50), np.random.default_rng(1)
-    guesses, times = answer(images, 1.0, 1).guesses, random.integers(0, 3, (4, 50))
-    for score, drawn in zip(weighted_scores(images, guesses, times)["macro_f1"], times, strict=True):
-        rows = np.repeat(np.arange(60), drawn[images.group])
-        assert score == pytest.approx(f1_score(images.labels[rows], guesses[rows], average="macro"))
 
 
 def test_an_auroc_without_pairs_is_not_a_number():

@@ -21,7 +21,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from steps.intervals import resample
 from steps.paired import COMPARED, Answers, Images, compare_scores, mcnemar, score_without, swap_test
-from steps.paired import weighted_scores
+from steps.scores import count, scores_of
 
 CLASSES = {"2": [0.5, 0.5], "2, one rare": [0.95, 0.05], "8": [1 / 8] * 8}
 SKILLS = {"0.75 to 0.9": (2.0, 2.6), "0.95 to 0.98": (3.5, 4.1)}  # accuracies, about
@@ -64,13 +64,19 @@ def cover(cell, skills, groups, repetitions):
             name: end["low"] <= truth[name] <= end["high"]
             for name, end in compare_scores(images, *pair).items()
         })  # fmt: skip
-        drawn = [weighted_scores(images, one.guesses, times) for one in (first, other)]
+        drawn = [resampled(images, one.guesses, times) for one in (first, other)]
         ends = (drawn[1] - drawn[0]).quantile([0.025, 0.975])
         inside = {name: ends[name].iloc[0] <= truth[name] <= ends[name].iloc[1] for name in BOTH}
         boot.append({f"{name}, bootstrap": held for name, held in inside.items()})
         same = draw(random, groups, *cell, [skills[0]] * 2)
         found.append({"McNemar": mcnemar(*same)["p"] < 0.05, "groups swapped": swap_test(*same) < 0.05})
     return 100 * pd.concat([pd.DataFrame(rows).astype(float).mean() for rows in (hits, boot, found)])
+
+
+def resampled(images, guesses, times):
+    """Return METRICS, a row per row of times (draws, groups): how often each group is drawn."""
+    counts = count(images.labels, guesses, images.group, images.classes)
+    return scores_of(*(times @ table for table in counts))
 
 
 def whole(images, answers):

@@ -42,9 +42,8 @@ from steps.duplicates import find_scenes
 from steps.files import atomic
 from steps.finetune import fit_head
 from steps.load import load_folder
-from steps.paired import Images, weighted_scores
 from steps.preprocess import Collator, keep_readable, prepare_pixels
-from steps.scores import calibration_error, fit_temperature
+from steps.scores import calibration_error, count, fit_temperature, scores_of
 from steps.split import deal
 from steps.use import load_classifier
 from steps.workspace import versions
@@ -278,9 +277,9 @@ def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int 
         for seed, parts in by_seed.items():
             rows, logits = (np.concatenate([part[i] for part in parts]) for i in range(2))
             guesses = logits.argmax(1)
-            tested = Images(labels[rows], group[rows], classes)
-            scores = weighted_scores(tested, guesses, times[:, : tested.groups])
-            errors[run, seed] = 1 - scores["macro_f1"].to_numpy()
+            counts = count(labels[rows], guesses, group[rows], classes)
+            drawn = scores_of(*(times[:, : len(table)] @ table for table in counts))
+            errors[run, seed] = 1 - drawn["macro_f1"].to_numpy()
             accuracy.append((guesses == labels[rows]).mean())
             seconds.append(sum(part[2] for part in parts))
         scores = 1 - np.array([errors[run, seed][0] for seed in by_seed])

@@ -104,7 +104,7 @@ def test_numbers_words_and_files(runs, tmp_path, monkeypatch, caplog, capsys):
     assert one["verdict"] in caplog.text and "believe the interval and the test over groups" in caplog.text
     assert "another seed makes another model" in found["notes"][0]
     text = capsys.readouterr().out
-    assert "slow minus fast" in text and "macro_f1" in text
+    assert "slow minus fast" in text and "macro_f1" in text and "train_seconds" in text
     listed = read_table(folder / "differences.csv", ["group"])
     assert listed["file"].tolist() == [*FILES[:12], FILES[13]]
     assert listed["prediction_slow"][0] == tested[1]["prediction"][0] == listed["label"][0]

@@ -4,5 +4,5 @@ A module imports only modules that stand before it in this list: console, files,
 environment, settings, architectures, workspace, archive_formats, archives, hubdata, download, suspects,
 layouts, tables, rows, image_formats, load, preprocess, landmarks, copies, duplicates, earlier, split, model,
 intervals, scores, checkpoints, finetune, lettering, figures, galleries, report, evaluation, validation,
-label_issues, publish, paired, runs, compare, use.
+label_issues, page, publish, paired, runs, compare, use.
 """

@@ -47,10 +47,11 @@ def use_model(settings: Settings, training: TrainingArguments) -> None:
 
 
 def show_commands(output_dir: str) -> None:
-    """Say how to use the finished model."""
+    """Say where to look, and how to use the finished model."""
     flags = [] if output_dir == "model" else ["--output_dir", output_dir]
     command = shlex.join(["python", "finetune_vit.py", *flags])
-    log.info("next: %s --predict PATH ...  or  %s --demo", command, command)
+    page = Path(output_dir, "report", "index.html")
+    log.info("next: open %s in a browser;  %s --predict PATH ...  or  %s --demo", page, command, command)
 
 
 def choose_classifier(settings: Settings, output_dir: Path) -> tuple[str, list[str]]:

@@ -67,7 +67,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
 # From the slowest on; the second and third have no need of the sample, which the first one makes.
-SLOW = "script faults scale publish use notebook checkpoints recipe finetune settings download".split()
+SLOW = "script faults scale publish use page notebook checkpoints recipe finetune settings download".split()
 
 
 def pytest_collection_modifyitems(items):

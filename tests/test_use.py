@@ -327,8 +327,10 @@ def test_the_next_commands_name_the_folder_where_it_is_not_the_usual_one(caplog)
         show_commands("model")
         show_commands("my model")
     usual, named = caplog.messages
-    assert usual == "next: python finetune_vit.py --predict PATH ...  or  python finetune_vit.py --demo"
-    assert named == usual.replace("finetune_vit.py", "finetune_vit.py --output_dir 'my model'")
+    commands = "python finetune_vit.py --predict PATH ...  or  python finetune_vit.py --demo"
+    assert usual == f"next: open model/report/index.html in a browser;  {commands}"
+    commands = commands.replace("finetune_vit.py", "finetune_vit.py --output_dir 'my model'")
+    assert named == f"next: open my model/report/index.html in a browser;  {commands}"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from steps import page
 from steps.files import write_table
 from steps.page import thumbnails, write_page
 from steps.publish import PUBLISHED
-from steps.report import public
+from steps.report import TEMPLATES, public
 from steps.scores import calibration, score, score_classes, truth_of
 
 NAMES = [
@@ -77,7 +77,8 @@ class Run:
         split = shown[["file", "label"]].assign(split="test", group=range(60))
         pairs = {"file_a": shown["file"][:3], "file_b": shown["file"][3:6].tolist(), "distance": 0.01}
         pairs |= {"label_a": names[0], "label_b": [names[1], names[1], names[0]]}
-        issues = shown[["file", "label"]][:2].assign(proposed=names[1], score=0.25, split="test", why="model")
+        issues = shown[["file", "label"]][:2].assign(proposed=names[1], split="test", why="prediction")
+        issues = issues.assign(p_label=0.0625, p_proposed=0.9375)
         for name, table in ("split", split), ("near_duplicates", pairs), ("label_issues", issues):
             write_table(self.report / f"{name}.csv", pd.DataFrame(table))
         for number, name in enumerate(("per_class", "attention", "mistakes")):
@@ -265,6 +266,11 @@ def test_names_are_shown_as_they_are(open_page, run):
     tab.locator("#table .thumbnail").click()
     assert tab.locator("dialog bdi").inner_text() == FILES[0]
     assert tab.locator("dialog img").evaluate("image => image.naturalWidth") == 32
+    assert (
+        tab.locator("dialog .note")
+        .inner_text()
+        .startswith(f"label {run.predictions['label'][0]}, prediction")
+    )
     tab.keyboard.press("Escape")
     assert not tab.locator("dialog").is_visible()
 
@@ -314,6 +320,27 @@ def test_pages_are_made_again_only_if_something_changed(tmp_path):
         change()
         assert min(after := run.write()) > max(before)
         before = after
+
+
+def test_text_stands_out_from_what_lies_behind_it():
+    """By 4.5 to 1, as WCAG 2.2 asks of small text, in light and dark; cells have the colour between two."""
+
+    def luminance(colour):
+        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return parts @ [0.2126, 0.7152, 0.0722]
+
+    css = (TEMPLATES / "page.css").read_text()
+    schemes = [
+        dict(re.findall(r"--(\S+): (#\w{6})", part)) for part in re.findall(r":root \{(.+?)\}", css, re.S)
+    ]
+    pairs = [(text, behind) for text in ("ink", "soft", "blue", "orange") for behind in ("paper", "panel")]
+    pairs += [("ink", behind) for behind in ("blue-fill", "orange-fill", "warn")]
+    for scheme in schemes:
+        for text, behind in pairs:
+            dark, light = sorted(luminance(scheme[name]) for name in (text, behind))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, behind, scheme[text])
+    assert len(schemes) == 2
 
 
 @pytest.mark.parametrize("classes", [2, 23, 200])

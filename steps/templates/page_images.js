@@ -88,11 +88,13 @@ function showImages() {
     });
   }));
   document.addEventListener("click", (event) => {
-    const small = event.target.closest(".thumbnail img, .thumbnail")?.closest(".thumbnail")?.firstElementChild;
+    const small = event.target.closest(".thumbnail")?.firstElementChild;
     if (!small) return;
     const viewer = find("viewer");
     viewer.querySelector("img").src = small.src;
     viewer.querySelector("img").alt = viewer.querySelector("bdi").textContent = small.alt;
+    const cells = [...(small.closest("tr")?.querySelectorAll("[data-head]") ?? [])];
+    viewer.querySelector(".note").textContent = cells.map((cell) => `${cell.dataset.head} ${cell.textContent}`).join(", ");
     viewer.showModal();
   });
   find("viewer").querySelector("button").addEventListener("click", () => find("viewer").close());

@@ -37,7 +37,7 @@ CHARTS = {  # they show no image
     "reliability.png": "Reliability, and accuracy by coverage",
     "training_curves.png": "Training curves",
 }
-GALLERIES = {"attention.png": "Where the model looks, as far as its attention tells"}
+GALLERIES = {"attribution.png": "What speaks for the answers, one of each class"}
 ISSUES = "file split label proposed p_label p_proposed why".split()  # columns of label_issues.csv
 
 

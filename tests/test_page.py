@@ -81,7 +81,7 @@ class Run:
         issues = issues.assign(p_label=0.0625, p_proposed=0.9375)
         for name, table in ("split", split), ("near_duplicates", pairs), ("label_issues", issues):
             write_table(self.report / f"{name}.csv", pd.DataFrame(table))
-        for number, name in enumerate(("per_class", "attention", "mistakes")):
+        for number, name in enumerate(("per_class", "attribution", "mistakes")):
             Image.new("RGB", (8, 8), (number, 0, 0)).save(self.report / f"{name}.png")
         self.work = make_work(["--output_dir", folder])
         self.write()

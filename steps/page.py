@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor
 
 from .architectures import pixel_shape, processor_of
 from .console import log
-from .files import lookup, probability_columns, read_table, write_text
+from .files import lookup, probability_columns, read_table, sha256_of, write_text
 from .load import KVASIR
 from .report import TEMPLATES, command_of
 from .workspace import Workspace
@@ -54,7 +54,7 @@ def write_page(results: dict, predictions: pd.DataFrame, images: Dataset, work: 
     )  # fmt: skip
     for name in ("index.html", "public.html"):
         path, private = report / name, name == "index.html"
-        if not path.exists() or f'"{key}"' not in path.read_text(encoding="utf-8")[:1000]:
+        if not was_made_from(path, key):
             content = results | numbers(results, predictions, report) | {"key": key, "private": private}
             content["pictures"] = pictures(CHARTS | (GALLERIES if private else {}), report)
             if private:
@@ -63,13 +63,21 @@ def write_page(results: dict, predictions: pd.DataFrame, images: Dataset, work: 
     log.info("one page to look at: %s", report / "index.html")
 
 
+def was_made_from(path: Path, key: str) -> bool:
+    """Say whether there is a page that was made from what `key_of` gives this key."""
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8") as page:
+        return f'"made-from" content="{key}"' in page.read(1000)
+
+
 def key_of(results: dict, predictions: pd.DataFrame, report: Path) -> str:
     """Return 16 hex digits of all that decides the pages. The images themselves are named in `results`."""
     digest = hashlib.sha256(json.dumps(results, sort_keys=True).encode())
     digest.update(pd.util.hash_pandas_object(predictions).to_numpy().tobytes())
     code = [Path(__file__), *TEMPLATES.glob("page*")]
-    for path in sorted([*code, *report.glob("*.csv"), *report.glob("*.png")]):
-        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    files = [*code, *report.glob("*.csv"), *report.glob("*.png")]
+    digest.update("".join(sorted(path.name + sha256_of(path) for path in files)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -180,7 +180,7 @@ def test_a_cell_opens_its_images_and_the_filters_go_on_from_there(open_page, run
     assert cell.get_attribute("aria-label") == f"{meaning}: show them"
     cell.focus()
     tab.keyboard.press("Enter")
-    tab.locator(".matrix a[aria-current]").wait_for()
+    tab.locator(".matrix a[aria-current=true]").wait_for()
     assert files_in(tab) == chosen["file"].tolist() and len(chosen) > 0
     assert tab.evaluate("document.activeElement.id") == "found"
     found = f"{len(chosen)} of 60 images: label {mistake['label']}, predicted {mistake['prediction']}"

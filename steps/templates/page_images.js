@@ -45,7 +45,7 @@ function showImages() {
     find("copy-all").disabled = !found.length;
     document.querySelectorAll(".matrix a").forEach((cell) => {
       const chosen = cell.dataset.label === form.label.value && cell.dataset.prediction === form.prediction.value;
-      cell.toggleAttribute("aria-current", chosen);
+      cell.setAttribute("aria-current", chosen);
     });
   }
   function filter() {

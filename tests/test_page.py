@@ -296,6 +296,7 @@ def test_public_page_holds_no_image_of_the_data_set_and_no_name_of_a_file(open_p
     assert "x/" not in re.sub('<style>.*?</style>|base64,[^"]*', "", content, flags=re.S).replace("text/", "")
     for name in ("index.html", "public.html"):
         content = (run.report / name).read_text()
+        assert "../" not in content or name == "index.html"
         assert "/home/me" not in content and str(run.report) not in content and str(ROOT) not in content
     tab = open_page(run.report / "public.html")
     assert (

@@ -178,8 +178,10 @@ def test_card_reports_the_same_numbers(run):
 def test_the_last_line_names_the_next_commands_and_they_work(run):
     """--predict, to be pasted as it is printed; --demo is started so in test_use."""
     last = run["done"].stdout.strip().splitlines()[-1]
-    printed = re.fullmatch(r"[\d:]{8}  next: (python .+ --predict) PATH \.\.\.  or  (python .+ --demo)", last)
-    predict, demo = (shlex.split(command) for command in printed.groups())
+    commands = r"(python .+ --predict) PATH \.\.\.  or  (python .+ --demo)"
+    printed = re.fullmatch(rf"[\d:]{{8}}  next: open (.+) in a browser;  {commands}", last)
+    page, (predict, demo) = printed[1], map(shlex.split, printed.groups()[1:])
+    assert page == str(run["model"] / "report" / "index.html") and Path(page).exists()
     assert predict[0] == demo[0] == "python" and demo[-3:] == ["--output_dir", str(run["model"]), "--demo"]
     file = pd.read_csv(run["model"] / "report" / "predictions.csv").iloc[-1]
     command = [sys.executable, *predict[1:], str(run["data"] / "sample" / "sample" / file["file"])]

@@ -1,10 +1,21 @@
 """Step 8: 95 % intervals over groups."""
 
+from dataclasses import dataclass
+
 import numpy as np
-import pandas as pd
+from scipy.special import betaincinv, stdtrit
 
 LEAST = np.finfo(float).eps  # scikit-learn's log_loss takes no probability for less
 DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a score rests on: how many images and groups, had all the same weight, and how many groups."""
+
+    images: float
+    groups: float
+    count: int
 
 
 def resample(groups: int) -> np.ndarray:
@@ -14,18 +25,52 @@ def resample(groups: int) -> np.ndarray:
     return np.array(drawn, float)
 
 
-def intervals(totals, groups: int) -> dict[str, dict[str, float]]:
-    """Return {"value", "low", "high"} for each column of totals(times), times (draws, groups).
+def basis_of(weights: np.ndarray, group: np.ndarray) -> Basis:
+    """Return the basis of a score in which images count with `weights` (n,); `group` is int (n,).
 
-    `times` says how often each group was drawn. Percentile bootstrap over groups (Field and Welsh 2007),
-    1,000 draws. Where its low end is 1, or its high end 0, it has no width: the other end is then the limit
-    of Clopper and Pearson for as many groups. One group has no interval: it is all that is possible.
+    The effective number is that of Kish (1965): a group with half of all weight leaves fewer than four.
     """
-    low, high = totals(resample(groups)).quantile([0.025, 0.975]).to_numpy()
-    sure = 0.025 ** (1 / groups)
-    low, high = np.where(low == 1, sure, low), np.where(high == 0, 1 - sure, high)
-    value = totals(np.ones((1, groups))).iloc[0]
-    if groups == 1:  # it says nothing of others
-        low = np.where(value.index == "mcc", -1.0, 0.0)
-        high = np.where(value.index == "log_loss", -np.log(LEAST), 1.0)
-    return pd.DataFrame({"value": value, "low": low, "high": high}).to_dict("index")
+    whole = np.bincount(group, weights)
+    images, groups = (part.sum() ** 2 / (part**2).sum() for part in (weights, whole))
+    return Basis(float(images), float(groups), int(np.count_nonzero(whole)))
+
+
+def interval(
+    value: float, parts: np.ndarray, basis: Basis, ends: tuple[float, float] = (0.0, 1.0)
+) -> dict[str, float]:
+    """Return {"value", "low", "high"} of a score that lies between `ends`: the value and its 95 % interval.
+
+    `parts` (groups,) is what each group adds to the error of the score: its derivative by the group's weight.
+    Their squares give the variance, and so the number of independent images that would tell as much, fewer
+    where groups are few (Korn and Graubard 1998). The interval is that of Clopper and Pearson for as many.
+    Few groups may show too little variance. So the low end is at most that of a perfect score, of which each
+    group is one observation, and the high end at least that of the worst. One group says nothing of others:
+    all that is possible is.
+    """
+    lowest, highest = ends
+    share = min(max((value - lowest) / (highest - lowest), 0.0), 1.0)
+    low, high = 0.0, 1.0
+    if basis.count > 1:
+        unseen = 1 - 0.025 ** (1 / basis.groups)
+        low, high = min(share, 1 - unseen), max(share, unseen)
+    if basis.count > 1 and 1e-9 < share < 1 - 1e-9:  # rounding: sqrt(x) * sqrt(x) is not x
+        variance = basis.count / (basis.count - 1) * (parts**2).sum() / (highest - lowest) ** 2
+        n = share * (1 - share) / max(variance, share * (1 - share) / basis.images)
+        n *= (stdtrit(max(basis.images - 1, 1), 0.975) / stdtrit(basis.count - 1, 0.975)) ** 2
+        low = min(low, betaincinv(n * share, n * (1 - share) + 1, 0.025))
+        high = max(high, betaincinv(n * share + 1, n * (1 - share), 0.975))
+    low, high = (float(lowest + (highest - lowest) * end) for end in (low, high))
+    return {"value": float(value), "low": min(low, float(value)), "high": max(high, float(value))}
+
+
+def share_interval(right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Return the share of `right`, bool (n,), and its interval over `groups` (n,), see `interval`."""
+    group, value = np.unique(groups, return_inverse=True)[1], right.mean()
+    return interval(
+        value, np.bincount(group, right - value) / len(right), basis_of(np.ones(len(right)), group)
+    )
+
+
+def class_weights(labels: np.ndarray) -> np.ndarray:
+    """Return the weight (n,) of each image in a macro score, in which all classes count the same."""
+    return 1 / np.bincount(labels)[labels]

@@ -1,5 +1,7 @@
 """Step 8: numbers from labels and probabilities, with 95 % intervals over groups."""
 
+from dataclasses import replace
+
 import datasets
 import evaluate
 import numpy as np
@@ -9,9 +11,10 @@ import scipy.special
 from sklearn.metrics import multilabel_confusion_matrix, precision_recall_fscore_support
 from transformers import EvalPrediction
 
+from .counts import count, score_guesses, scores_of
+from .discrimination import discriminate
 from .files import probability_columns
-from .intervals import LEAST, intervals
-from .options import METRICS
+from .intervals import LEAST, basis_of, interval, share_interval
 
 BINS = 15  # of the expected calibration error, equally wide: Guo et al. 2017, arXiv 1706.04599
 
@@ -35,51 +38,21 @@ def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
     return metric.compute(predictions=outputs.predictions.argmax(-1), references=outputs.label_ids)
 
 
-def count(labels: np.ndarray, guesses: np.ndarray, group: np.ndarray, classes: int) -> list:
-    """Return how often each class is hit, true and guessed per group: three arrays (groups, classes)."""
-    places = (group, np.where(guesses == labels, labels, classes)), (group, labels), (group, guesses)
-    tables = [np.zeros((group.max() + 1, classes + 1)) for _ in places]
-    for table, place in zip(tables, places, strict=True):
-        np.add.at(table, place, 1)
-    return [table[:, :classes] for table in tables]
-
-
-def scores_of(hits: np.ndarray, true: np.ndarray, guessed: np.ndarray) -> pd.DataFrame:
-    """Return METRICS, as scikit-learn defines them, a row per draw, from counts (draws, classes)."""
-    n = true.sum(1)
-    shares = {
-        "precision": hits / guessed.clip(1),
-        "recall": hits / true.clip(1),
-        "f1": 2 * hits / (true + guessed).clip(1),
-    }
-    seen = true + guessed > 0  # a class that is neither true nor guessed does not count
-    table = {"accuracy": hits.sum(1) / n}
-    table |= {f"macro_{name}": (share * seen).sum(1) / seen.sum(1) for name, share in shares.items()}
-    table |= {f"weighted_{name}": (share * true).sum(1) / n for name, share in shares.items()}
-    spread = np.sqrt((n**2 - (true**2).sum(1)) * (n**2 - (guessed**2).sum(1)))
-    covariance = n * hits.sum(1) - (true * guessed).sum(1)
-    table["mcc"] = np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0)
-    return pd.DataFrame(table)[[*METRICS]]
-
-
 def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return {"value", "low", "high"} for each of METRICS, ece and log_loss.
+    """Return {"value", "low", "high"} of METRICS, ece, log_loss and what `discriminate` has in macro.
 
-    `labels` and `groups` are (n,), `probabilities` (n, classes). What a group adds to the counts is counted
-    once. A draw is then a sum over groups, and all draws are one matrix product.
+    `labels` and `groups` are (n,), `probabilities` (n, classes).
     """
     guesses, confidence = probabilities.argmax(1), probabilities.max(1)
     group = np.unique(groups, return_inverse=True)[1]
-    counts = count(labels, guesses, group, probabilities.shape[1])
-    losses = np.bincount(group, -np.log(probabilities[np.arange(len(labels)), labels].clip(LEAST)))
-
-    def totals(times: np.ndarray) -> pd.DataFrame:
-        drawn = [times @ table for table in counts]
-        return scores_of(*drawn).assign(log_loss=times @ losses / drawn[1].sum(1))
-
-    scores = intervals(totals, len(losses))
-    loss = scores.pop("log_loss")
-    return scores | {"ece": true_calibration_error(confidence, guesses == labels, group), "log_loss": loss}
+    found = score_guesses(labels, guesses, group, probabilities.shape[1])
+    found["ece"] = true_calibration_error(confidence, guesses == labels, group)
+    losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(LEAST))
+    parts = np.bincount(group, losses - losses.mean()) / len(labels)
+    basis = replace(basis_of(np.ones(len(labels)), group), images=1 / LEAST)  # a loss is no share
+    worst = -np.log(probabilities.min(1).clip(LEAST)).mean() if basis.count > 1 else -np.log(LEAST)
+    found["log_loss"] = interval(losses.mean(), parts, basis, (0.0, worst))
+    return found | discriminate(labels, probabilities, group)["macro"]
 
 
 def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,15 +74,15 @@ def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: lis
     table = pd.DataFrame(rows, ["precision", "recall", "f1", "n"], class_names).T.astype({"n": int})
     table.insert(2, "specificity", tn / np.maximum(tn + fp, 1))
     result = table.to_dict(orient="index")
-    for name, part in predictions.groupby("label"):
-        group = np.unique(groups[part["file"]], return_inverse=True)[1]
-        hits, n = np.bincount(group, part["prediction"] == name), np.bincount(group)
-
-        def recall(times: np.ndarray, hits: np.ndarray = hits, n: np.ndarray = n) -> pd.DataFrame:
-            return pd.DataFrame({"recall": times @ hits / (times @ n)})
-
-        ends = intervals(recall, len(n))["recall"]
-        result[name] |= {"recall_low": ends["low"], "recall_high": ends["high"], "groups": len(n)}
+    labels, probabilities = truth_of(predictions, class_names)
+    group = groups[predictions["file"]].to_numpy()
+    found = discriminate(labels, probabilities, group)
+    for label in np.unique(labels).tolist():
+        mine, row = labels == label, result[class_names[label]]
+        hit = predictions["prediction"].to_numpy()[mine] == class_names[label]
+        for name, ends in ({"recall": share_interval(hit, group[mine])} | found.get(label, {})).items():
+            row |= {name: ends["value"], f"{name}_low": ends["low"], f"{name}_high": ends["high"]}
+        row["groups"] = len(np.unique(group[mine]))
     return result
 
 
@@ -117,6 +90,21 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Return the expected calibration error of arrays (n,), as measured: chance adds to it."""
     bins = np.ceil(confidence * BINS).astype(int)
     return float(np.abs(np.bincount(bins, right - confidence)).sum() / len(right))
+
+
+def clustering(rest: np.ndarray, bins: np.ndarray, group: np.ndarray) -> float:
+    """Return how many times more `rest` varies within `bins` because images of a group are alike: 1 or more.
+
+    Arrays (n,). `rest` has a mean of 0 in each bin.
+    """
+    together = np.zeros((BINS + 1, group.max() + 1))
+    np.add.at(together, (bins, group), rest)
+    images = np.bincount(bins, minlength=BINS + 1)
+    groups = np.bincount(np.unique(np.column_stack([bins, group]), axis=0)[:, 0], minlength=BINS + 1)
+    alone, several = np.bincount(bins, rest**2, BINS + 1), groups > 1  # one group in a bin tells nothing
+    of_groups = ((together**2).sum(1) * groups / (groups - 1).clip(1))[several].sum()
+    of_images = (alone * images / (images - 1).clip(1))[several].sum()
+    return float(max(1.0, of_groups / max(of_images, LEAST)))
 
 
 def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
@@ -129,11 +117,10 @@ def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np
     """
     measured, n = calibration_error(confidence, right), len(right)
     group, gap = np.unique(groups, return_inverse=True)[1], right - confidence
-    bins, rest, of_groups = np.ceil(confidence * BINS).astype(int), gap - gap.mean(), group.max() + 1
-    total = np.bincount(bins, gap, BINS + 1)
-    slope = total / np.bincount(bins, minlength=BINS + 1).clip(1) / max(measured, LEAST)
-    together = (np.bincount(group, rest) ** 2).sum() / max((rest**2).sum(), LEAST)
-    together = max(1.0, together * of_groups / max(of_groups - 1, 1))  # 1: as if each image were alone
+    bins, of_groups = np.ceil(confidence * BINS).astype(int), group.max() + 1
+    total, size = np.bincount(bins, gap, BINS + 1), np.bincount(bins, minlength=BINS + 1).clip(1)
+    slope = total / size / max(measured, LEAST)
+    together = clustering(gap - (total / size)[bins], bins, group)
     noise = np.random.RandomState(0).normal(size=(1000, BINS + 1))
 
     def excess(error: float, share: float) -> float:
@@ -148,7 +135,7 @@ def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np
         return scipy.optimize.brentq(excess, 0, 1, (share,), xtol=1e-6)
 
     value, low, high = solve(0.5), solve(0.975), solve(0.025)
-    unseen = 1 - 0.025 ** (1 / of_groups)  # what as many groups may never show: Clopper and Pearson
+    unseen = 1 - 0.025 ** (1 / basis_of(np.ones(n), group).groups)  # what as many groups may never show
     low, high = (min(low, value), max(high, value, unseen)) if of_groups > 1 else (0.0, 1.0)
     return {"value": value, "low": low, "high": high}
 

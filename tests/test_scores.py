@@ -1,17 +1,15 @@
-"""Step 8: the numbers, checked by hand, against scikit-learn and against a bootstrap written out."""
-
-import functools
+"""Step 8: the numbers, checked by hand and against scikit-learn."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.special
 import torch
-from scipy.stats import beta, bootstrap
+from scipy.stats import beta
 from sklearn import metrics
 
-from steps.intervals import intervals
 from steps.options import METRICS
+from steps.counts import count, score_guesses, scores_of
 from steps.scores import Classification, calibration, calibration_error, score, score_classes
 from steps.scores import temper, true_calibration_error, truth_of
 
@@ -20,6 +18,7 @@ TRUTH = list("aaaabbbbcc")
 GUESS = list("aaabbbaccc")
 TABLE = pd.DataFrame({"file": range(10), "label": TRUTH, "prediction": GUESS})
 TABLE = pd.concat([TABLE, (pd.get_dummies(TABLE["prediction"], prefix="p") * 0.7 + 0.1)], axis=1)
+NAMES = [*METRICS, "ece", "log_loss", "macro_auroc", "macro_average_precision"]
 ALONE = pd.Series(range(10), range(10))  # every image its own group
 
 
@@ -36,9 +35,7 @@ def test_scores_worked_out_by_hand():
     assert scores["mcc"]["value"] == pytest.approx((70 - 34) / ((100 - 34) * (100 - 36)) ** 0.5)
     assert 0 == scores["ece"]["low"] < scores["ece"]["value"] < 0.8 - 0.7  # all probabilities are 0.8
     assert scores["log_loss"]["value"] == pytest.approx(-(7 * np.log(0.8) + 3 * np.log(0.1)) / 10)
-    assert list(scores) == [*METRICS, "ece", "log_loss"] and all(
-        set(row) == {"value", "low", "high"} for row in scores.values()
-    )
+    assert list(scores) == NAMES and all(set(row) == {"value", "low", "high"} for row in scores.values())
 
 
 def right_or_wrong(right):
@@ -129,17 +126,6 @@ def test_answers_that_are_all_alike_do_not_make_the_calibration_certain(right):
     assert exact == {"value": 0, "low": 0, "high": pytest.approx(beta.ppf(0.975, 1, 60))}
 
 
-def test_intervals_are_scipys_bootstrap_where_every_image_is_a_group():
-    right = np.random.default_rng(2).random(400) < 0.9
-    ours = score(*right_or_wrong(right), np.arange(400))["accuracy"]
-    theirs = bootstrap(
-        (right,), np.mean, method="percentile", n_resamples=20_000, random_state=0
-    ).confidence_interval
-    assert ours["value"] == right.mean()
-    assert ours["low"] == pytest.approx(theirs.low, abs=0.005)
-    assert ours["high"] == pytest.approx(theirs.high, abs=0.005)
-
-
 def test_groups_widen_the_interval_as_theory_says():
     """Ten equal frames per group are one observation: sqrt(10) times the width of 1,000 separate images."""
     right = np.repeat(np.random.default_rng(3).random(100) < 0.8, 10)
@@ -152,89 +138,103 @@ def test_groups_widen_the_interval_as_theory_says():
 
 @pytest.mark.parametrize("groups", [5, 30])
 def test_a_perfect_score_is_not_certain(groups):
-    ends = intervals(lambda times: pd.DataFrame({"all": 1.0, "none": 0.0}, range(len(times))), groups)
-    assert ends["all"] == {"value": 1, "low": pytest.approx(beta.ppf(0.025, groups, 1)), "high": 1}
-    assert ends["none"] == {"value": 0, "low": 0, "high": pytest.approx(beta.ppf(0.975, 1, groups))}
-    right, limit = np.arange(90) % 2 == 0, beta.ppf(0.025, groups, 1)
-    all_right = score(right.astype(int), np.eye(2)[right.astype(int)], np.arange(90) % groups)
+    right, limit = np.arange(120) % 2 == 0, beta.ppf(0.025, groups, 1)
+    group = np.arange(120) // 2 % groups  # both classes in each
+    all_right = score(right.astype(int), np.eye(2)[right.astype(int)], group)
     assert all_right["accuracy"] == {"value": 1, "low": pytest.approx(limit), "high": 1}
-    all_wrong = score(right.astype(int), np.eye(2)[(~right).astype(int)], np.arange(90) % groups)
+    all_wrong = score(right.astype(int), np.eye(2)[(~right).astype(int)], group)
     limit = beta.ppf(0.975, 1, groups)
     assert all_wrong["accuracy"] == {"value": 0, "low": 0, "high": pytest.approx(limit)}
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_no_metric_is_certain_of_a_perfect_score(metric):
-    """Rounding must not hide it: sqrt(x) * sqrt(x) is not x."""
-    for classes, n in ((2, 60), (3, 60), (8, 90)):
+    """Rounding must not hide it: sqrt(x) * sqrt(x) is not x. All wrong, the MCC is -1 / (classes - 1)."""
+    for classes, n in ((2, 60), (3, 60), (8, 80)):
         labels = np.arange(n) % classes
         ends = score(labels, np.eye(classes)[labels], np.arange(n))[metric]
-        assert ends == {"value": 1, "low": pytest.approx(beta.ppf(0.025, n, 1)), "high": 1}
+        rest = 1 - beta.ppf(0.025, n, 1)
+        rest *= classes / (classes - 1) if metric == "mcc" else 1
+        assert ends["value"] == ends["high"] == 1 and ends["low"] <= 1 - rest + 1e-12
+        rarest = (1 - beta.ppf(0.025, n // classes, 1)) / classes  # what a class could lack, of the mean
+        assert ends["low"] == pytest.approx(1 - max(rest, rarest), abs=0.02)
+
+
+@pytest.mark.parametrize("metric", ["macro_recall", "macro_f1", "macro_precision", "mcc", "macro_auroc"])
+def test_a_macro_score_is_not_more_certain_than_its_rarest_class(metric):
+    """All right, but two positives in 37 images: the recall of the positive ones could be 0.158."""
+    labels = np.arange(37) >= 35
+    ends = score(labels.astype(int), np.eye(2)[labels.astype(int)], np.arange(37))[metric]
+    low = beta.ppf(0.025, 2, 1)
+    precision = 35 / (35 + 2 * (1 - low))  # of the others, which get what the rare class loses
+    worst = {
+        "macro_recall": (1 + low) / 2,
+        "macro_f1": (2 * low / (1 + low) + 2 * precision / (1 + precision)) / 2,
+        "macro_precision": (1 + precision) / 2,
+        "mcc": np.sqrt(low * precision),  # sqrt(TPR + TNR - 1) sqrt(PPV + NPV - 1)
+        "macro_auroc": (1 + np.sqrt(low)) / 2,
+    }
+    assert ends["value"] == ends["high"] == 1 and ends["low"] <= worst[metric] + 1e-9
+
+
+def test_a_class_of_one_group_leaves_the_macro_score_open():
+    """Nothing is known of it: it may be all wrong or, if it is, all right."""
+    labels, group = np.repeat([0, 1], [50, 10]), np.append(np.arange(50), [50] * 10)
+    for right, ends in ((True, ("low", 0.5)), (False, ("high", 1.0))):
+        guesses = np.where(labels == 1, int(right), 0)
+        found = score(labels, np.eye(2)[guesses] * 0.8 + 0.1, group)["macro_recall"]
+        assert found["value"] == (1 if right else 0.5)
+        assert found[ends[0]] <= ends[1] if right else found[ends[0]] == pytest.approx(1)
 
 
 def test_intervals_are_the_same_at_every_run():
     truth = *truth_of(TABLE, ["a", "b", "c"]), ALONE.to_numpy()
     assert score(*truth) == score(*truth)
-    assert list(pd.DataFrame(score(*truth))) == [*METRICS, "ece", "log_loss"]  # in this order, too
+    assert list(score(*truth)) == NAMES  # in this order, too
 
 
-@pytest.mark.filterwarnings("ignore:A single label was found")
-@pytest.mark.parametrize("case", ["usual", "few groups"])
-def test_scores_and_intervals_are_those_of_a_plain_bootstrap(case):
-    """Written out: draw groups, repeat their rows, ask scikit-learn, a thousand times."""
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_interval_is_as_wide_as_a_jackknife_says(metric):
+    """Leave out one group after the other (Tukey 1958): with many groups, 2 * 1.96 standard errors."""
     rng = np.random.default_rng(5)
-    n, count = (60, 6) if case == "usual" else (24, 4)
-    labels, probabilities = rng.integers(0, 3, n), rng.dirichlet([2, 2, 2, 0.05], n)
-    probabilities[: n // 2] = np.where(np.eye(4)[labels[: n // 2]], 0.7, 0.1)  # half of them are right
-    groups = 7 * rng.integers(0, count, n)
-    rows_of = [np.flatnonzero(groups == group) for group in sorted(set(groups))]
+    labels, group = rng.integers(0, 3, 3000), rng.integers(0, 300, 3000)
+    wrong = rng.random(3000) < rng.choice([0.05, 0.6], 300)[group]
+    guesses = np.where(wrong, rng.integers(0, 3, 3000), labels)
+    tables = count(labels, guesses, group, 3)
+    without = scores_of(*[table.sum(0) - table for table in tables])[metric]
+    ends = score_guesses(labels, guesses, group, 3)[metric]
+    width = 2 * 1.96 * np.sqrt(299 * np.var(without))
+    assert ends["high"] - ends["low"] == pytest.approx(width, rel=0.05)
 
-    @functools.cache  # the same groups in another order give the same scores
-    def plain(drawn):
-        rows = np.concatenate([rows_of[group] for group in drawn])
-        truth, chances = labels[rows], probabilities[rows]
-        guesses = chances.argmax(1)
-        found = {"accuracy": metrics.accuracy_score(truth, guesses)}
-        for average in ("macro", "weighted"):
-            options = {"average": average, "zero_division": 0}
-            values = metrics.precision_recall_fscore_support(truth, guesses, **options)
-            found |= {f"{average}_{name}": values[i] for i, name in enumerate(("precision", "recall", "f1"))}
-        found["mcc"] = metrics.matthews_corrcoef(truth, guesses)
-        found["log_loss"] = metrics.log_loss(truth, chances, labels=range(4))
-        return found
 
-    draw, draws = np.random.RandomState(0).randint, []
-    for _ in range(1000):
-        draws.append(plain(tuple(sorted(draw(count, size=count)))))
-    draws, value, found = pd.DataFrame(draws), plain(range(count)), score(labels, probabilities, groups)
-    assert len(rows_of) == count and found.pop("ece") and list(found) == [*METRICS, "log_loss"]
-    for name, ends in found.items():
-        low, high = np.quantile(draws[name], [0.025, 0.975])
-        assert low < 1 and high > 0  # nothing that Clopper and Pearson would widen
-        expected = {"value": value[name], "low": low, "high": high}
-        assert ends == pytest.approx(expected, rel=0, abs=1e-12), name
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("guess", [0, 1])
+def test_guesses_that_are_all_the_same_give_finite_intervals(guess):
+    labels, group = np.arange(40) % 2, np.arange(40) // 4
+    ends = score_guesses(labels, np.full(40, guess), group, 2)["mcc"]
+    assert ends["value"] == 0 and -1 <= ends["low"] < 0 < ends["high"] <= 1
 
 
 def test_classes_worked_out_by_hand():
-    classes = score_classes(TABLE, ALONE, ["a", "b", "c", "never"])
-    ends = {"recall_low": pytest.approx(0.25, abs=0.01), "recall_high": 1, "groups": 4}
-    assert (
-        classes["a"]
-        == {"precision": 3 / 4, "recall": 3 / 4, "specificity": 5 / 6, "f1": 3 / 4, "n": 4} | ends
-    )
+    classes = score_classes(TABLE.assign(p_never=0.0), ALONE, ["a", "b", "c", "never"])
+    row = classes["a"]
+    assert {name: row[name] for name in ("precision", "recall", "specificity", "f1", "n", "groups")} == {
+        "precision": 3 / 4, "recall": 3 / 4, "specificity": 5 / 6, "f1": 3 / 4, "n": 4, "groups": 4,
+    }  # fmt: skip
+    # 3 of 4, each alone: variance 4/3 * (3/16) / 4 = 1/16, as of 3 images; as many groups: the same t
+    assert row["recall_low"] == pytest.approx(beta.ppf(0.025, 3 * 3 / 4, 3 / 4 + 1))
+    assert row["recall_high"] == pytest.approx(beta.ppf(0.975, 3 * 3 / 4 + 1, 3 / 4))
     assert classes["b"]["specificity"] == pytest.approx(5 / 6)
-    ends = {"recall_low": pytest.approx(beta.ppf(0.025, 2, 1)), "recall_high": 1, "groups": 2}
-    row = {
-        "precision": pytest.approx(2 / 3),
-        "recall": 1.0,
-        "specificity": 7 / 8,
-        "f1": pytest.approx(4 / 5),
-        "n": 2,
-    }
-    assert classes["c"] == row | ends
+    row = classes["c"]
+    assert row["precision"] == pytest.approx(2 / 3) and row["f1"] == pytest.approx(4 / 5)
+    assert (row["recall"], row["specificity"], row["n"], row["groups"]) == (1, 7 / 8, 2, 2)
+    assert row["recall_low"] == pytest.approx(beta.ppf(0.025, 2, 1)) and row["recall_high"] == 1
     assert classes["never"] == {"precision": 0, "recall": 0, "specificity": 1, "f1": 0, "n": 0}
     assert list(classes["a"])[:5] == ["precision", "recall", "specificity", "f1", "n"]
     assert type(classes["a"]["n"]) is int
+    ranks = ["auroc", "auroc_low", "auroc_high"]
+    ranks += ["average_precision", "average_precision_low", "average_precision_high"]
+    assert all(0 <= classes["b"][name] <= 1 for name in ranks)
 
 
 def test_temperature_is_taken_off_and_put_on_again():

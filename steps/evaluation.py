@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict
 from transformers import Trainer, TrainingArguments
 
 from .architectures import pixel_shape
-from .console import log, show
+from .console import listed, log, show
+from .discrimination import operating_points
 from .duplicates import Scenes, count_pairs
 from .files import probability_columns, read_json, read_table, write_json, write_table
 from .finetune import chosen_epoch, save_metrics
@@ -22,6 +23,10 @@ from .scores import calibration, score, score_classes, truth_of
 from .settings import images_per_step
 from .split import SPLITS, split_rule
 from .workspace import versions
+
+FEW = 10  # groups: a class that rests on fewer is named
+SHOWN = ["precision", "recall", "recall_low", "recall_high", "specificity", "f1"]  # of a class, on the screen
+SHOWN += ["auroc", "average_precision", "n", "groups"]
 
 
 def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path) -> pd.DataFrame:
@@ -61,9 +66,7 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     results = read_json(path) | {"data": record["data"] | {"left_out": count}}
     if parts.keys() <= results.keys():
         return results
-    tables = {name: parts[name] for name in reversed(SPLITS) if name in parts}
-    results |= {name: score_split(table, scenes, class_names) for name, table in tables.items()}
-    results["per_class"] = score_classes(parts["test"], scenes.groups, class_names)
+    results |= measure(parts, scenes, class_names)
     logged = set().union(*trainer.state.log_history)
     results["made"] = (
         "fine-tuned" if "epoch" in logged else "probed" if "ridge_strength" in logged else "evaluated"
@@ -82,13 +85,77 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     if "earlier" in record:  # the run goes on from a model of ours
         results["split"]["earlier"] = record["earlier"]
     results["split"]["classes"] = {name: count_classes(part) for name, part in splits.items()}
+    results["split"]["test_groups"] = len(np.unique(groups))
     results["speed"] = measured_speed(trainer, splits["train"])
     recorded = record["settings"] | record["training"]
     results["settings"] = {name: public(value) for name, value in recorded.items()}
+    results["warnings"] = warnings_of(results)
     results["images_per_step"] = images_per_step(trainer.args)  # few images make smaller batches
     results["versions"] = versions() | {"device": describe_device(trainer.args)}
     write_json(path, results)
     return results
+
+
+def measure(parts: dict[str, pd.DataFrame], scenes: Scenes, class_names: list[str]) -> dict:
+    """Return the scores of each split and of the test's classes, and what accuracy is compared with.
+
+    For two classes also "operating_points".
+    """
+    tables = {name: parts[name] for name in reversed(SPLITS) if name in parts}
+    results = {name: score_split(table, scenes, class_names) for name, table in tables.items()}
+    results["per_class"] = score_classes(parts["test"], scenes.groups, class_names)
+    most = max(class_names, key=lambda name: results["per_class"][name]["n"])
+    share = results["per_class"][most]["n"] / len(parts["test"])
+    results["most_frequent"] = {"class": most, "accuracy": share}
+    chosen_on, measured_on = (truth_of(parts[name], class_names) for name in ("validation", "test"))
+    groups = scenes.groups[parts["test"]["file"]].to_numpy()
+    points = operating_points(chosen_on, measured_on, groups, class_names)
+    return results | ({"operating_points": points} if points else {})
+
+
+def warnings_of(results: dict) -> list[str]:
+    """Return what makes the numbers doubtful, a sentence each, from the content of metrics.json."""
+    split, accuracy = results["split"], results["test"]["accuracy"]
+    unit = "patient" if "patients" in split else "scene"
+    by_chance = results["most_frequent"]
+    sentences = []
+    if split["test_groups"] < FEW:
+        sentences.append(f"the test rests on {counted(split['test_groups'], unit)}: no interval is reliable")
+    sentences += warnings_of_classes(results["per_class"], unit)
+    if accuracy["low"] <= by_chance["accuracy"]:
+        text = "accuracy {:.3f} is not clearly above the {:.3f} of always answering {}"
+        sentences.append(text.format(accuracy["value"], by_chance["accuracy"], by_chance["class"]))
+    if split["pairs_across_test"]:
+        pairs = counted(split["pairs_across_test"], "near-duplicate pair")
+        sentences.append(f"{pairs} with one image in the test and one outside it: the scores are optimistic")
+    if split.get("patients_across_test"):
+        patients = counted(split["patients_across_test"], "patient")
+        sentences.append(f"{patients} with images in the test and outside it: the scores are optimistic")
+    return sentences
+
+
+def warnings_of_classes(per_class: dict[str, dict], unit: str) -> list[str]:
+    """Return which classes rest on fewer than FEW groups, called `unit`, or on none; many in one sentence."""
+    tested = {name: row for name, row in per_class.items() if row["n"]}
+    absent = [name for name in per_class if name not in tested]
+    sentences = [f"no image in the test, so nothing is known of: {listed(absent, 3)}"] if absent else []
+    few = [name for name, row in tested.items() if row["groups"] < FEW]
+    few.sort(key=lambda name: (tested[name]["groups"], tested[name]["n"]))
+    basis = [
+        f"{counted(tested[name]['n'], 'image')} of {counted(tested[name]['groups'], unit)}" for name in few
+    ]
+    if len(few) > 3:
+        shown = listed([f"{name} ({what})" for name, what in zip(few, basis, strict=True)], 3)
+        text = f"{len(few)} of {len(per_class)} classes rest on fewer than {FEW} {unit}s in the test: {shown}"
+        return [*sentences, text]
+    for name, what in zip(few, basis, strict=True):
+        sentences.append(f"{name}: {what} {'decides' if tested[name]['n'] == 1 else 'decide'} its recall")
+    return sentences
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which has an s unless it is one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def describe_device(training: TrainingArguments) -> str:
@@ -156,11 +223,20 @@ def peak_memory(device_type: str) -> int | None:
 
 
 def show_results(results: dict) -> None:
-    """Show the scores of each split, of each class, and with parts painted black."""
+    """Show the scores of each split, of each class, and with parts painted black; then what is doubtful."""
     scores = pd.DataFrame({name: results[name] for name in SPLITS if name in results})
-    show(scores.map(lambda score: round(score["value"], 3)))
-    show(pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int, "groups": "Int64"}))
+    show(scores.map(lambda score: round(score["value"], 3), na_action="ignore"))
+    classes = pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int, "groups": "Int64"})
+    show(classes[[name for name in SHOWN if name in classes]])
     show(pd.DataFrame(results["shortcuts"]).T.round(3).rename_axis("test images, painted black:"))
-    for name in ("accuracy", "macro_f1", "mcc", "ece"):
-        interval = "{value:.3f}, 95 % interval {low:.3f} to {high:.3f}".format(**results["test"][name])
-        log.info("test %s %s, n = %s", name.replace("_", " "), interval, results["split"]["test"])
+    notes = {
+        "accuracy": "; always answering {class}: {accuracy:.3f}".format(**results["most_frequent"]),
+        "ece": "; what chance adds is taken off, often all of it",
+    }
+    for name in ("accuracy", "macro_f1", "mcc", "macro_auroc", "ece"):
+        if name in results["test"]:
+            interval = "{value:.3f}, 95 % interval {low:.3f} to {high:.3f}".format(**results["test"][name])
+            count = results["split"]["test"]
+            log.info("test %s %s, n = %s%s", name.replace("_", " "), interval, count, notes.get(name, ""))
+    for sentence in results["warnings"]:
+        log.warning("warning: %s", sentence)

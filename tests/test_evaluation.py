@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import ViTImageProcessor
 
 from steps.duplicates import Scenes
-from steps.evaluation import cover_shortcuts, predict, summarise
+from steps.evaluation import cover_shortcuts, predict, show_results, summarise, warnings_of
 from steps.files import write_json
 from steps.finetune import for_trainer
 from steps.preprocess import Collator
@@ -182,9 +182,12 @@ def test_metrics_json_has_the_documented_shape(tmp_path, measured):
     assert set(results["per_class"]) == {"a", "b", "c"} and "train" not in results
     assert results["split"] == {
         "by": "random", "train": 12, "validation": 12, "test": 12, "groups": 6, "near_duplicate_pairs": 1,
-        "pairs_across_splits": 0, "pairs_across_test": 0, "conflicting_label_pairs": 1,
+        "pairs_across_splits": 0, "pairs_across_test": 0, "conflicting_label_pairs": 1, "test_groups": 6,
         "classes": dict.fromkeys(("train", "validation", "test"), {"a": 4, "b": 4, "c": 4}),
     }  # fmt: skip
+    assert results["most_frequent"] == {"class": "a", "accuracy": pytest.approx(1 / 3)}
+    assert results["warnings"] == warnings_of(results) and "operating_points" not in results
+    assert set(results["test"]) == set(results["validation"]) > {"macro_auroc", "macro_average_precision"}
     assert results["calibration"]["temperature"] == 1 and len(results["shortcuts"]) == 4
     speed = results["speed"]
     assert speed["train_images_per_second"] == 15 and speed["prepare_images_per_second"] == 240
@@ -243,3 +246,59 @@ def test_metrics_json_says_how_the_model_was_made_and_names_the_chosen_epoch(mea
     trainer.args.load_best_model_at_end = False
     results = json.loads(summarised(measured, {"split_by": "random"}, {}, epochs))
     assert results["chosen_epoch"] == 2
+
+
+def doubtful(per_class, **split):
+    """What `warnings_of` looks at: classes as {name: (images, groups)}; 60 groups, better than chance."""
+    rows = {name: {"n": n, "groups": groups} if n else {"n": 0} for name, (n, groups) in per_class.items()}
+    accuracy = {"value": 0.9, "low": 0.8, "high": 0.95}
+    most = {"class": "many", "accuracy": 0.5}
+    split = {"test_groups": 60, "pairs_across_test": 0} | split
+    return {"per_class": rows, "split": split, "test": {"accuracy": accuracy}, "most_frequent": most}
+
+
+def test_numbers_that_rest_on_much_have_no_warning():
+    assert warnings_of(doubtful({"a": (10, 10), "b": (50, 20)}, patients=99, patients_across_test=0)) == []
+
+
+@pytest.mark.parametrize(
+    "per_class, split, expected",
+    [
+        ({"polyps": (2, 1), "b": (30, 10)}, {"patients": 70},
+         ["polyps: 2 images of 1 patient decide its recall"]),
+        ({"a": (1, 1), "b": (30, 10)}, {}, ["a: 1 image of 1 scene decides its recall"]),
+        ({"a": (9, 9), "b": (30, 5)}, {},
+         ["b: 30 images of 5 scenes decide its recall", "a: 9 images of 9 scenes decide its recall"]),
+        ({"{a}": (0, 0), "b": (30, 10)}, {}, ["no image in the test, so nothing is known of: {a}"]),
+        ({**{f"c{i}": (20 + i, 9 - i) for i in range(5)}, "b": (30, 10)}, {},
+         ["5 of 6 classes rest on fewer than 10 scenes in the test: c4 (24 images of 5 scenes), "
+          "c3 (23 images of 6 scenes), c2 (22 images of 7 scenes) and 2 more"]),
+        ({"b": (30, 10)}, {"test_groups": 3, "patients": 9},
+         ["the test rests on 3 patients: no interval is reliable"]),
+        ({"b": (30, 10)}, {"pairs_across_test": 1},
+         ["1 near-duplicate pair with one image in the test and one outside it: the scores are optimistic"]),
+        ({"b": (30, 10)}, {"patients": 9, "patients_across_test": 2},
+         ["2 patients with images in the test and outside it: the scores are optimistic"]),
+    ],
+)  # fmt: skip
+def test_what_makes_numbers_doubtful_is_said(per_class, split, expected):
+    assert warnings_of(doubtful(per_class, **split)) == expected
+
+
+def test_an_accuracy_that_the_most_frequent_class_reaches_is_said():
+    results = doubtful({"b": (30, 10)})
+    results["most_frequent"]["accuracy"] = 0.8
+    assert warnings_of(results) == ["accuracy 0.900 is not clearly above the 0.800 of always answering many"]
+
+
+def test_results_are_shown_with_their_warnings(caplog, capsys, measured):
+    trainer, splits, _ = measured
+    summarised(measured, {"split_by": "random"}, {}, [{}])
+    path = Path(trainer.args.output_dir) / "report" / "metrics.json"
+    with caplog.at_level("INFO"):
+        show_results(json.loads(path.read_text()))
+    lines = [line for line in caplog.messages if line.startswith("test accuracy")]
+    assert len(lines) == 1 and lines[0].endswith("n = 12; always answering a: 0.333")
+    assert any(line.startswith("test ece") and "chance" in line for line in caplog.messages)
+    assert "warning: the test rests on 6 scenes: no interval is reliable" in caplog.messages
+    assert "auroc" in capsys.readouterr().out

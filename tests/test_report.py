@@ -31,8 +31,10 @@ NAMES = ["dyed-lifted-polyps", "esophagitis", "polyps"]
 def results(tmp_path):
     score = {"value": 0.8765, "low": 0.8123, "high": 0.9321}
     row = {"precision": 0.9, "recall": 0.8, "recall_low": 0.7, "recall_high": 0.85, "specificity": 0.95,
-           "f1": 0.85, "n": 10, "groups": 6}  # fmt: skip
-    part = dict.fromkeys([*METRICS, "ece"], score) | {
+           "f1": 0.85, "n": 10, "groups": 6, "auroc": 0.97, "auroc_low": 0.91, "auroc_high": 0.99,
+           "average_precision": 0.94, "average_precision_low": 0.8,
+           "average_precision_high": 0.98}  # fmt: skip
+    part = dict.fromkeys([*METRICS, "ece", "log_loss", "macro_auroc"], score) | {
         "accuracy": {"value": 0.9123, "low": 0.88, "high": 0.94}
     }
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
@@ -48,8 +50,9 @@ def results(tmp_path):
     calibration = {"temperature": 1.234, "ece_before": 0.0987, "ece_after": 0.0456}
     data = {"name": "my-images", "kvasir": False, "endoscopy": False, "images": 200, "files_sha256": "0" * 64}
     return {
-        "made": "fine-tuned", "chosen_epoch": 3.0, "test": part,
-        "validation": part, "per_class": dict.fromkeys(NAMES, row), "split": split,
+        "made": "fine-tuned", "chosen_epoch": 3.0, "test": part, "warnings": [],
+        "most_frequent": {"class": NAMES[0], "accuracy": 0.125},
+        "validation": dict(part), "per_class": dict.fromkeys(NAMES, row), "split": split,
         "calibration": calibration | {"accuracy_at_90_percent_coverage": 0.9777},
         "shortcuts": {"nothing": {"accuracy": 0.9123, "macro_f1": 0.87}},
         "speed": {"train_images_per_second": 12.34, "train_seconds": 567.0, "evaluate_images_per_second": 89},
@@ -295,6 +298,28 @@ def test_card_of_a_class_without_test_images(card_of, results):
     zero = {"precision": 0, "recall": 0, "specificity": 0.95, "f1": 0, "n": 0}
     results["per_class"] = results["per_class"] | {"polyps": zero}
     assert "| polyps | – | – | 0.950 | – | 0 |" in card_of().text
+
+
+def test_card_shows_ranks_and_what_accuracy_is_compared_with(card_of, results):
+    text = card_of().text
+    assert "| macro AUROC | 0.876 (0.812 to 0.932) | 0.876 (0.812 to 0.932) |" in text
+    assert f"| {plain_text(NAMES[1])} | 0.970 (0.910 to 0.990) | 0.940 (0.800 to 0.980) |" in text
+    assert f"Always answering {plain_text(NAMES[0])}, the most frequent class" in text
+    assert "would give an accuracy of 0.125" in text and "positive class" not in text
+    assert "Read the numbers with care" not in text and "Undefined" not in text
+
+
+def test_card_shows_warnings_as_plain_text_and_thresholds_of_two_classes(card_of, results):
+    results["warnings"] = ["*a*|b: 2 images of 1 patient decide its recall"]
+    ends = {"value": 0.8, "low": 0.6, "high": 0.9}
+    point = {"wanted": "specificity", "at": 0.95, "threshold": 0.4321, "sensitivity": ends}
+    results["operating_points"] = {"positive": "p*", "points": [point | {"specificity": ends}]}
+    del results["validation"]["macro_auroc"]  # of which one class has images
+    text = card_of().text
+    assert "- &#42;a&#42;&#124;b&#58; 2 images of 1 patient decide its recall" in text
+    row = "| specificity 0.95 | 0.432 | 0.800 (0.600 to 0.900) | 0.800 (0.600 to 0.900) |"
+    assert row in text and "p&#42; is the positive class" in text
+    assert "| macro AUROC | 0.876 (0.812 to 0.932) | – |" in text
 
 
 def test_card_tells_what_was_measured_elsewhere(card_of, results):

@@ -56,7 +56,8 @@ def interval(
     if basis.count > 1 and 1e-9 < share < 1 - 1e-9:  # rounding: sqrt(x) * sqrt(x) is not x
         variance = basis.count / (basis.count - 1) * (parts**2).sum() / (highest - lowest) ** 2
         n = share * (1 - share) / max(variance, share * (1 - share) / basis.images)
-        n *= (stdtrit(max(basis.images - 1, 1), 0.975) / stdtrit(basis.count - 1, 0.975)) ** 2
+        freedom = max(basis.images - 1, 1), max(min(basis.groups, basis.count) - 1, 1)
+        n *= (stdtrit(freedom[0], 0.975) / stdtrit(freedom[1], 0.975)) ** 2
         low = min(low, betaincinv(n * share, n * (1 - share) + 1, 0.025))
         high = max(high, betaincinv(n * share + 1, n * (1 - share), 0.975))
     low, high = (float(lowest + (highest - lowest) * end) for end in (low, high))

@@ -66,7 +66,8 @@ def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: lis
     """Return {class: {"precision", "recall" (sensitivity), "specificity", "f1", "n"}} of one split.
 
     Classes with images also have the 95 % interval of their recall, "recall_low" and "recall_high", and
-    "groups", the number of groups that it rests on.
+    "groups", the number of groups that it rests on; and, where there are others, "auroc" and
+    "average_precision" with theirs, see `discriminate`.
     """
     pair = predictions["label"], predictions["prediction"]
     (tn, fp), _ = multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
@@ -113,30 +114,35 @@ def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np
     Arrays (n,). By chance alone a calibrated model measures 0.1 on 72 images, and a bootstrap adds as much
     again. So a true error is assumed, spread over the bins like the measured one. Right answers are drawn
     from it (Bröcker and Smith 2007, doi 10.1175/WAF993.1), as much correlated in groups as here. With
-    `value`, `low` and `high` the measured error is the median, the 97.5th and the 2.5th percentile of draws.
+    `value`, `low` and `high` the measured error is the median, the 97.5th and the 2.5th percentile of draws:
+    for `low` of draws that also move all bins together, and more so where groups are few; for `high` also of
+    draws without groups.
     """
     measured, n = calibration_error(confidence, right), len(right)
     group, gap = np.unique(groups, return_inverse=True)[1], right - confidence
-    bins, of_groups = np.ceil(confidence * BINS).astype(int), group.max() + 1
+    bins, basis = np.ceil(confidence * BINS).astype(int), basis_of(np.ones(n), group)
     total, size = np.bincount(bins, gap, BINS + 1), np.bincount(bins, minlength=BINS + 1).clip(1)
     slope = total / size / max(measured, LEAST)
-    together = clustering(gap - (total / size)[bins], bins, group)
+    within = clustering(gap - (total / size)[bins], bins, group)
+    most = max(within, clustering(gap - gap.mean(), np.zeros(n, int), group))
+    most *= (scipy.special.stdtrit(max(basis.count - 1, 1), 0.975) / scipy.special.stdtrit(n, 0.975)) ** 2
     noise = np.random.RandomState(0).normal(size=(1000, BINS + 1))
 
-    def excess(error: float, share: float) -> float:
+    def excess(error: float, share: float, together: float) -> float:
         chance = (confidence + error * slope[bins]).clip(0, 1)  # of being right
         spread = np.sqrt(together * np.bincount(bins, chance * (1 - chance), BINS + 1))
         drawn = np.abs(error * total / max(measured, LEAST) + spread * noise).sum(1) / n
         return np.quantile(drawn, share) - measured
 
-    def solve(share: float) -> float:
-        if excess(0.0, share) >= 0 or excess(1.0, share) <= 0:
-            return float(excess(0.0, share) < 0)
-        return scipy.optimize.brentq(excess, 0, 1, (share,), xtol=1e-6)
+    def solve(*how: float) -> float:
+        if excess(0.0, *how) >= 0 or excess(1.0, *how) <= 0:
+            return float(excess(0.0, *how) < 0)
+        return scipy.optimize.brentq(excess, 0, 1, how, xtol=1e-6)
 
-    value, low, high = solve(0.5), solve(0.975), solve(0.025)
-    unseen = 1 - 0.025 ** (1 / basis_of(np.ones(n), group).groups)  # what as many groups may never show
-    low, high = (min(low, value), max(high, value, unseen)) if of_groups > 1 else (0.0, 1.0)
+    value, low = solve(0.5, within), solve(0.975, most)
+    high = max(solve(0.025, within), solve(0.025, 1.0))
+    unseen = 1 - 0.025 ** (1 / basis.groups)  # what as many groups may never show
+    low, high = (min(low, value), max(high, value, unseen)) if basis.count > 1 else (0.0, 1.0)
     return {"value": value, "low": low, "high": high}
 
 

@@ -88,7 +88,7 @@ from steps.settings import read_settings
 
 ARGUMENTS = [] if NOTEBOOK else sys.argv[1:]  # in a notebook write flags here: ["--num_train_epochs", "3"]
 settings, training = read_settings(ARGUMENTS, RECIPES)
-if settings.predict or settings.demo:  # only use a finished model: see step 11
+if settings.predict or settings.demo or settings.compare:  # only use finished models: see step 11
     from steps.use import use_model
 
     use_model(settings, training)
@@ -285,6 +285,7 @@ trainer = fine_tune(checkpoint, splits, training)
 
 # %%
 from steps.evaluation import predict, show_results, summarise
+from steps.validation import cross_validate, evaluate_external
 
 names = ["validation", "test", "train"] if settings.evaluate_train else ["validation", "test"]
 predictions = predict(trainer, splits, names, work.report / "predictions.csv")
@@ -296,8 +297,6 @@ show_results(results)
 # another part of the images. `--external_dir FOLDER` tests this model on images from somewhere else.
 
 # %%
-from steps.validation import cross_validate, evaluate_external
-
 if settings.cross_validate:
     results["cross_validation"] = cross_validate(fine_tune, splits, scenes, work)
 if settings.external_dir:
@@ -313,12 +312,17 @@ if settings.external_dir:
 # %%
 from steps.figures import charts
 from steps.galleries import galleries
+from steps.label_issues import draw_label_issues, find_label_issues
+from steps.page import write_page
 from steps.report import make_space, write_report
 
 if MAIN:  # under torchrun one process writes
+    results["label_issues"] = find_label_issues(predictions, scenes, work)
     figures = charts(results, predictions, trainer.state.log_history)
     figures |= galleries(predictions, scenes, images, trainer)  # show images: never published
+    figures |= draw_label_issues(images, trainer, work)
     write_report(results, figures, work)
+    write_page(results, predictions, images, work)  # report/index.html: all of it, to look at
     make_space(work.report / "space", class_names, hub, training.hub_revision)  # the model's web page
 
 # %% [markdown]

@@ -6,7 +6,6 @@ import numpy as np
 from scipy.special import betaincinv, stdtrit
 
 LEAST = np.finfo(float).eps  # scikit-learn's log_loss takes no probability for less
-DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -16,13 +15,6 @@ class Basis:
     images: float
     groups: float
     count: int
-
-
-def resample(groups: int) -> np.ndarray:
-    """Return how often each group is drawn, float64 (DRAWS, groups): `groups` times, with repetition."""
-    draw = np.random.RandomState(0).randint
-    drawn = [np.bincount(draw(groups, size=groups), minlength=groups) for _ in range(DRAWS)]
-    return np.array(drawn, float)
 
 
 def basis_of(weights: np.ndarray, group: np.ndarray) -> Basis:

@@ -7,7 +7,7 @@ import pandas as pd
 import scipy.stats
 
 from .intervals import LEAST
-from .scores import count, scores_of
+from .counts import count, scores_of
 
 # ECE is not compared: what chance adds to it differs between models. Log loss covers calibration.
 COMPARED = ["accuracy", "macro_f1", "mcc", "macro_recall", "macro_precision", "macro_auroc", "log_loss"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, t
 
-from steps.intervals import Basis, basis_of, class_weights, interval, resample, share_interval
+from steps.intervals import Basis, basis_of, class_weights, interval, share_interval
 
 
 def korn_graubard(right, group):
@@ -74,9 +74,3 @@ def test_the_basis_counts_large_groups_and_rare_classes():
     labels = np.repeat([0, 1], [35, 2])
     assert np.bincount(labels, class_weights(labels)) == pytest.approx([1, 1])
     assert basis_of(class_weights(labels), np.arange(37)).images == pytest.approx(4 / (1 / 35 + 1 / 2))
-
-
-def test_groups_are_drawn_with_repetition_and_always_the_same():
-    times = resample(7)
-    assert times.shape == (1000, 7) and times.dtype == float and (times.sum(1) == 7).all()
-    assert times.max() > 3 and np.array_equal(times, resample(7))

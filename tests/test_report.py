@@ -443,7 +443,7 @@ def test_card_and_pictures_of_names_that_mean_something_else(tmp_path, report, r
     card = report(results, predict_by_chance(names), pairs=conflict, names=names)
     assert card.data.model_name.endswith("on data `1`\r") and "\r" not in card.text
     rows = re.findall(r"^\| (.+?) \|", card.text, re.M)
-    assert [html.unescape(row) for row in rows if html.unescape(row) in names] == names * 2
+    assert [html.unescape(row) for row in rows if html.unescape(row) in names] == names * 3
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from steps.intervals import resample
 from steps.paired import COMPARED, Answers, Images, compare_scores, mcnemar, score_without, swap_test
-from steps.scores import count, scores_of
+from steps.counts import count, scores_of
 
 CLASSES = {"2": [0.5, 0.5], "2, one rare": [0.95, 0.05], "8": [1 / 8] * 8}
 SKILLS = {"often wrong": (2.0, 2.6), "seldom wrong": (3.5, 4.1)}  # with 2 classes 0.92, 0.97; 0.993, 0.998

@@ -43,7 +43,8 @@ from steps.files import atomic
 from steps.finetune import fit_head
 from steps.load import load_folder
 from steps.preprocess import Collator, keep_readable, prepare_pixels
-from steps.scores import calibration_error, count, fit_temperature, scores_of
+from steps.counts import count, scores_of
+from steps.scores import calibration_error, fit_temperature
 from steps.split import deal
 from steps.use import load_classifier
 from steps.workspace import versions

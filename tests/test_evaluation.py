@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import ViTImageProcessor
 
 from steps.duplicates import Scenes
-from steps.evaluation import cover_shortcuts, predict, show_results, summarise, warnings_of
+from steps.evaluation import cover_shortcuts, measure, predict, show_results, summarise, warnings_of
 from steps.files import write_json
 from steps.finetune import for_trainer
 from steps.preprocess import Collator
@@ -246,6 +246,23 @@ def test_metrics_json_says_how_the_model_was_made_and_names_the_chosen_epoch(mea
     trainer.args.load_best_model_at_end = False
     results = json.loads(summarised(measured, {"split_by": "random"}, {}, epochs))
     assert results["chosen_epoch"] == 2
+
+
+def test_two_classes_have_thresholds_and_only_numbers_that_json_has():
+    rng, names = np.random.default_rng(0), ["ill", "well"]
+    table = pd.DataFrame({"file": range(80), "label": rng.choice(names, 80)})
+    table["split"] = np.where(np.arange(80) < 40, "validation", "test")
+    table["p_well"] = (0.3 * (table["label"] == "well") + 0.7 * rng.random(80)).round(2)
+    table["p_ill"] = 1 - table["p_well"]
+    table["prediction"] = np.where(table["p_well"] > 0.5, "well", "ill")
+    parts = {name: part for name, part in table.groupby("split")}
+    results = measure(parts, Scenes(pd.DataFrame(), pd.Series(np.arange(80) // 2)), names)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    points = results["operating_points"]
+    assert points["positive"] == "well" and [point["at"] for point in points["points"]] == [0.9, 0.95] * 2
+    assert results["most_frequent"]["accuracy"] == (parts["test"]["label"].value_counts().max() / 40)
+    assert results["per_class"]["ill"]["auroc"] == pytest.approx(results["test"]["macro_auroc"]["value"])
+    assert results["per_class"]["ill"]["auroc_low"] < results["per_class"]["ill"]["auroc"]
 
 
 def doubtful(per_class, **split):

@@ -3,6 +3,6 @@
 A module imports only modules that stand before it in this list: console, files, options, columns, checks,
 environment, settings, architectures, workspace, archive_formats, archives, hubdata, download, suspects,
 layouts, tables, rows, image_formats, load, preprocess, landmarks, copies, duplicates, earlier, split, model,
-intervals, counts, discrimination, scores, checkpoints, finetune, lettering, figures, galleries, report,
-evaluation, validation, label_issues, page, publish, paired, runs, compare, use.
+attribution, intervals, counts, discrimination, scores, checkpoints, finetune, lettering, curves, figures,
+galleries, report, evaluation, validation, label_issues, page, publish, paired, runs, compare, use.
 """

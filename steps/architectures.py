@@ -29,8 +29,6 @@ PROCESSORS |= dict.fromkeys(("convnext", "convnextv2"), "ConvNext")
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "convnext", "convnextv2")
 # Transformers cannot compute their activations again to save memory.
 NO_CHECKPOINTING = ("convnext", "convnextv2")
-# Their head reads a class token that attends to the whole image: there is attention to show.
-CLASS_TOKEN = ("vit", "deit", "dinov2", "dinov2_with_registers")
 # Their loss is the mean of one batch and ignores the Trainer's count over accumulated batches.
 MEAN_LOSS = ("beit", "swinv2", "siglip")
 # What a checkpoint for other tasks may lack: BEiT's norm in front of the head is for classification alone.

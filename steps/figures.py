@@ -5,14 +5,17 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
+from .curves import COLOURS, PRECISION_RECALL, ROC, draw_curves
 from .lettering import explain, letter
 from .scores import BINS, temper, truth_of
 
 MOST = 60  # classes that a chart has room to name
-BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
+ENOUGH = 5  # images in a bin of probabilities; the share of fewer is drawn faint
+BLUE, ORANGE = COLOURS[:2]
 
 
 def charts(results: dict, predictions: pd.DataFrame, history: list[dict]) -> dict[str, Callable[[], Figure]]:
@@ -20,11 +23,15 @@ def charts(results: dict, predictions: pd.DataFrame, history: list[dict]) -> dic
     tested, names = predictions[predictions["split"] == "test"], list(results["per_class"])
     truth = truth_of(tested, names)
     curves = {"training_curves.png": partial(draw_training_curves, history)}
-    return (curves if results["made"] == "fine-tuned" else {}) | {
+    drawn = (curves if results["made"] == "fine-tuned" else {}) | {
         "confusion_matrix.png": partial(draw_confusion_matrix, tested, names),
         "per_class.png": partial(draw_class_bars, results["per_class"]),
         "reliability.png": partial(draw_reliability, *truth, results["calibration"]),
     }
+    if "macro_auroc" in results["test"]:
+        drawn["roc.png"] = partial(draw_curves, ROC, *truth, results)
+        drawn["precision_recall.png"] = partial(draw_curves, PRECISION_RECALL, *truth, results)
+    return drawn
 
 
 def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
@@ -59,7 +66,7 @@ def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> 
 
 
 def draw_training_curves(log_history: list[dict]) -> Figure:
-    """Draw losses and validation scores by epoch."""
+    """Draw losses and validation scores by epoch; the axes of both begin where a round number stands."""
     history = pd.DataFrame(log_history).groupby("epoch").first()
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -70,12 +77,23 @@ def draw_training_curves(log_history: list[dict]) -> Figure:
         (right, "eval_macro_f1", "validation macro F1", "^-", ORANGE),
     ):
         if column in history:
-            history[column].dropna().plot(ax=axes, style=style, color=colour, label=label, markersize=4)
+            values = history[column].dropna()
+            size = 4 if len(values) > 1 else 8  # a single point has no line beside it
+            axes.plot(values.index, values, style, color=colour, label=label, markersize=size, clip_on=False)
             axes.legend()
         axes.set_xlabel("epoch")
+        axes.set_xlim(0, max(1, history.index.max()))
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
+    left.set_ylim(bottom=0)
+    right.set_ylim(floor_of(right), 1)
     return figure
+
+
+def floor_of(axes: Axes) -> float:
+    """Return the tenth below all values of the lines of some axes, where an axis that ends at 1 may begin."""
+    lowest = min((np.min(line.get_ydata()) for line in axes.lines), default=0.0)
+    return min(0.9, np.floor(10 * lowest) / 10)
 
 
 def draw_class_bars(per_class: dict[str, dict]) -> Figure:
@@ -95,9 +113,10 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
     axes.barh(table.index, recall, color=BLUE, alpha=0.5, label="recall (sensitivity)")
     reach = recall - table["recall_low"], table["recall_high"] - recall
     bars = {"fmt": "none", "color": "black", "capsize": 3, "label": "its 95 % interval"}
-    axes.errorbar(recall, table.index, xerr=reach, **bars)
-    axes.plot(table["precision"], table.index, "D", color=ORANGE, markersize=5, label="precision")
-    axes.set(xlim=(0, 1.02), xlabel=f"share; in brackets: test images of the class{only}")
+    axes.errorbar(recall, table.index, xerr=reach, clip_on=False, **bars)
+    marks = {"color": ORANGE, "markersize": 5, "clip_on": False}
+    axes.plot(table["precision"], table.index, "D", label="precision", **marks)
+    axes.set(xlim=(0, 1), xlabel=f"share; in brackets: test images of the class{only}")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3)
     explain(figure, names[::-1], shown)
@@ -107,26 +126,49 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
 def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, found: dict[str, float]) -> Figure:
     """Draw accuracy by probability, before and after the temperature, and accuracy by coverage.
 
-    `found` is what `scores.calibration` returned: the temperature and the errors that the legend names.
+    `found` is what `scores.calibration` returned: the temperature and the errors that the legend names. Bins
+    of fewer than ENOUGH images are faint; how many each holds stands below.
     """
     right, confidence = probabilities.argmax(1) == labels, probabilities.max(1)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, other = figure.subplots(1, 2)
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(4, 1))
+    left, other, below = (figure.add_subplot(place) for place in (grid[0, 0], grid[:, 1], grid[1, 0]))
     before = temper(probabilities, 1 / found["temperature"]).max(1)
+    left.plot([0, 1], [0, 1], color="grey", linewidth=1, label="as it should be")
     for name, error, values, style, colour in (
         ("before", found["ece_before"], before, "s--", ORANGE),
         (f"after, T = {found['temperature']:.2f}", found["ece_after"], confidence, "o-", BLUE),
     ):
-        bins = pd.DataFrame({"x": values, "y": right}).groupby(np.ceil(values * BINS)).mean()
-        label = f"{name}: ECE {error:.3f}"
-        left.plot(bins["x"], bins["y"], style, color=colour, label=label, markersize=5)
-    left.axline((0, 0), slope=1, color="grey", linewidth=1)
-    left.set(xlabel="probability of the predicted class", ylabel="share of right answers", xlim=(0, 1.02))
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9)
+        bins = pd.DataFrame({"x": values, "y": right}).groupby(np.ceil(values * BINS)).agg(["mean", "size"])
+        x, y, size = bins["x", "mean"], bins["y", "mean"], bins["x", "size"]
+        enough, label = size >= ENOUGH, f"{name}: ECE {error:.3f}"
+        marks = {"color": colour, "markersize": 5, "clip_on": False}
+        left.plot(x[enough], y[enough], style, label=label, **marks)
+        left.plot(x[~enough], y[~enough], style[0], alpha=0.3, **marks)
+    draw_counts(below, bins.index, size)
+    below.set_xlabel("probability of the predicted class")
+    below.set_ylabel("images", fontsize=8)
+    left.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of right answers")
+    note = f"faint: fewer than {ENOUGH} images; below: images after"
+    left.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, title=note, title_fontsize=8
+    )
     count, order = np.arange(1, len(labels) + 1), np.argsort(-confidence, kind="stable")
-    other.plot(count / len(labels), right[order].cumsum() / count, color=BLUE)
-    other.axvline(0.9, color="grey", linewidth=1, linestyle="--")
+    other.plot(count / len(labels), right[order].cumsum() / count, color=BLUE, clip_on=False)
+    share = found["accuracy_at_90_percent_coverage"]
+    other.axvline(0.9, color="grey", linewidth=1, linestyle="--", label=f"the surest 90 %: {share:.3f}")
     other.set(xlabel="share of the images answered, most certain first", ylabel="accuracy on them")
+    other.set(xlim=(0, 1), ylim=(floor_of(other), 1))
+    other.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
     for axes in (left, other):
         axes.grid(alpha=0.3)
     return figure
+
+
+def draw_counts(axes: Axes, bins: pd.Index, counts: pd.Series) -> None:
+    """Draw how many images each bin holds, `bins` numbered from 1 to BINS, with the numbers."""
+    middles = (bins - 0.5) / BINS
+    axes.bar(middles, counts, 0.9 / BINS, color=BLUE, alpha=0.5)
+    for x, count in zip(middles, counts, strict=True):
+        axes.annotate(f"{count:,}", (x, count), (0, 1), textcoords="offset points", ha="center", fontsize=7)
+    axes.set(xlim=(0, 1), ylim=(0, 1.45 * counts.max()), yticks=[])

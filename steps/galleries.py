@@ -1,37 +1,42 @@
 """Step 9: pictures that show images of the data set, so they are never published."""
 
+import textwrap
 from collections.abc import Callable
 from functools import partial
+from pathlib import PurePosixPath
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from transformers import Trainer
 
-from .architectures import CLASS_TOKEN, pixel_shape
+from .architectures import pixel_shape
+from .attribution import attribute
 from .duplicates import Scenes
 from .files import probability_columns
-from .lettering import explain, letter
-from .model import attention_rollout
+from .lettering import escape, explain, fonts_for, letter, shorten, width_of
 from .preprocess import pixels_of
+
+LETTERS = 46  # in a line of a caption
+ORANGE = "#FF7800"  # what speaks for an answer, over a grey picture
 
 
 def galleries(
     predictions: pd.DataFrame, scenes: Scenes, images: Dataset, trainer: Trainer
 ) -> dict[str, Callable[[], Figure]]:
-    """Return {file name: function that draws it} for mistakes, attention, label conflicts, if any exist.
+    """Return {file name: function that draws it} for mistakes, right answers, label conflicts, if any exist.
 
-    Attention only where the model has a class token that looks at all of the image.
+    The right answers, one of each class, and the mistakes stand beside what speaks for them.
     """
     tested, names = predictions[predictions["split"] == "test"], images.features["label"].names
     tested = tested.iloc[np.argsort(-tested[probability_columns(names)].max(axis=1), kind="stable")]
     right = tested["label"] == tested["prediction"]
-    shown = {"mistakes.png": tested[~right]}
-    if trainer.model.config.model_type in CLASS_TOKEN:
-        shown["attention.png"] = tested[right].groupby("label").head(1)
+    shown = {"mistakes.png": tested[~right], "attribution.png": tested[right].groupby("label").head(1)}
     drawn = {
         name: partial(draw_examples, rows[:12], names, images, trainer)
         for name, rows in shown.items()
@@ -44,16 +49,38 @@ def galleries(
 
 
 def draw_pictures(pictures: np.ndarray, captions: list[str]) -> Figure:
-    """Draw pictures, uint8 (n, height, width, 3), three per row."""
-    rows = -(-len(pictures) // 3)
-    figure = Figure(figsize=(10, 2.1 * rows), layout="constrained")
+    """Draw pictures, uint8 (n, height, width, 3), three per row, below their captions."""
+    rows, families = -(-len(pictures) // 3), fonts_for(captions)
+    captions = [wrap(caption) for caption in captions]
+    lines = max(caption.count("\n") for caption in captions) + 1
+    figure = Figure(figsize=(10, (1.7 + 0.17 * lines) * rows), layout="constrained")
     grid = figure.subplots(rows, 3, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
     for axes, picture, caption in zip(grid, pictures, captions, strict=False):
         axes.imshow(picture)
-        axes.set_title(caption, fontsize=9)
+        axes.set_title(caption, fontsize=8, fontfamily=families)
     return figure
+
+
+def wrap(caption: str) -> str:
+    """Return a caption with no line longer than its picture is wide."""
+    lines = []
+    for line in caption.split("\n"):
+        most = LETTERS * len(line) // max(1, width_of(line))  # fewer, if they are wide
+        lines += textwrap.wrap(line, most, drop_whitespace=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def name_files(files: pd.Series, labels: pd.Series) -> list[str]:
+    """Return names to show: without a folder that only repeats the label, long ones without their middle."""
+    families = fonts_for(files)
+    paths = [PurePosixPath(file) for file in files]
+    names = [
+        path.name if str(path.parent) == label else str(path)
+        for path, label in zip(paths, labels, strict=True)
+    ]
+    return [shorten(escape(name, families), LETTERS) for name in names]
 
 
 def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -62,12 +89,15 @@ def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def draw_conflicts(pairs: pd.DataFrame, images: Dataset, trainer: Trainer) -> Figure:
-    """Draw near-duplicates with different labels."""
+    """Draw near-duplicates with different labels, the file that is named first on the left."""
     shape = pixel_shape(trainer.processing_class)
     left, right = (pixels_of(pairs[name], images, shape) for name in ("file_a", "file_b"))
     shown = letter(images.features["label"].names)
-    rows = zip(pairs["label_a"], pairs["label_b"], pairs["distance"], strict=True)
-    captions = [f"{shown[a]} | {shown[b]}\ndistance {near:.3f}" for a, b, near in rows]
+    files = (name_files(pairs[f"file_{side}"], pairs[f"label_{side}"]) for side in "ab")
+    rows = zip(*files, pairs["label_a"], pairs["label_b"], pairs["distance"], strict=True)
+    captions = [
+        f"{a}\n{b}\n{shown[one]} | {shown[two]}\ndistance {near:.3f}" for a, b, one, two, near in rows
+    ]
     figure = draw_pictures(join(left, right), captions)
     explain(figure, [*pairs["label_a"], *pairs["label_b"]], shown)
     return figure
@@ -76,16 +106,32 @@ def draw_conflicts(pairs: pd.DataFrame, images: Dataset, trainer: Trainer) -> Fi
 def draw_examples(
     predictions: pd.DataFrame, class_names: list[str], images: Dataset, trainer: Trainer
 ) -> Figure:
-    """Draw predicted images, where the model has a class token beside its attention: yellow is most."""
-    pictures = pixels = pixels_of(predictions["file"], images, pixel_shape(trainer.processing_class))
-    if trainer.model.config.model_type in CLASS_TOKEN:
-        maps = attention_rollout(trainer.model, torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
-        seen = 0.4 * pixels + 0.6 * 255 * matplotlib.colormaps["viridis"](maps)[..., :3]
-        pictures = join(pixels, seen.astype(np.uint8))
+    """Draw predicted images beside the places that speak for the answer."""
+    pixels = pixels_of(predictions["file"], images, pixel_shape(trainer.processing_class))
+    inputs = torch.tensor(pixels.transpose(0, 3, 1, 2))
+    maps = attribute(trainer.model, inputs)
     certain = predictions[probability_columns(class_names)].max(axis=1)
     columns = predictions["label"], predictions["prediction"], certain
-    shown, rows = letter(class_names), zip(*columns, strict=True)
-    captions = [f"true: {shown[true]}\npredicted: {shown[guess]}, {p:.0%}" for true, guess, p in rows]
-    figure = draw_pictures(pictures, captions)
+    shown, rows = letter(class_names), zip(name_files(predictions["file"], columns[0]), *columns, strict=True)
+    captions = [
+        f"{file}\ntrue: {shown[true]}\npredicted: {shown[guess]}, {p:.0%}" for file, true, guess, p in rows
+    ]
+    figure = draw_pictures(join(pixels, overlay(pixels, maps)), captions)
+    figure.set_figheight(figure.get_figheight() + 0.5)
+    scale = ScalarMappable(cmap=LinearSegmentedColormap.from_list("", ["grey", ORANGE]))
+    bar = figure.colorbar(scale, ax=figure.axes, location="bottom", shrink=0.3, aspect=30, pad=0.01)
+    bar.set_ticks([0, 1], labels=["nothing", "most of this image"], fontsize=8)
+    bar.set_label("speaks for the predicted class", fontsize=8, labelpad=-8)
     explain(figure, [*columns[0], *columns[1]], shown)
     return figure
+
+
+def overlay(pixels: np.ndarray, maps: torch.Tensor) -> np.ndarray:
+    """Return grey pictures, uint8 (n, height, width, 3), orange where `maps` (n, cells, cells) is high.
+
+    What speaks against the answer, below 0, stays grey; full orange is the most of each image.
+    """
+    large = F.interpolate(maps[:, None], pixels.shape[1:3], mode="bilinear")[:, 0].clamp(min=0)
+    weight = 0.9 * (large / large.amax((1, 2), keepdim=True).clamp(min=1e-12)).numpy()[..., None]
+    mixed = (1 - weight) * pixels.mean(axis=3, keepdims=True) + weight * 255 * np.array(to_rgb(ORANGE))
+    return mixed.astype(np.uint8)

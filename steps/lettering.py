@@ -67,6 +67,22 @@ def escape(name: str, families: Sequence[str]) -> str:
     return mark + shown + mark
 
 
+def width_of(text: str) -> int:
+    """Return how wide a text is, in letters: those of East Asia count twice."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def shorten(text: str, longest: int) -> str:
+    """Return a text with … in its middle if it is wider than `longest`, see `width_of`."""
+    middle = len(text) // 2
+    start, end = text[:middle], text[middle:]
+    while width_of(start + end) > longest - (start + end != text):
+        start, end = (start[:-1], end) if width_of(start) >= width_of(end) else (start, end[1:])
+        while end and unicodedata.category(end[0]) in INVISIBLE[:2]:  # an accent without its letter
+            end = end[1:]
+    return text if start + end == text else f"{start}…{end}"
+
+
 def letter(names: Sequence[str]) -> dict[str, str]:
     """Return {class: its text in a picture}: its name, or #n, where n is its place in `names`.
 
@@ -77,9 +93,8 @@ def letter(names: Sequence[str]) -> dict[str, str]:
     shown = {name: escape(name, families) for name in names}
     times = Counter(shown.values())
     for number, (name, text) in enumerate(shown.items()):
-        width = sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
         unclear = times[text] > 1 or text.startswith("#") or not text.strip()
-        if unclear or width > LONGEST or "\\u" in text.lower():
+        if unclear or width_of(text) > LONGEST or "\\u" in text.lower():
             shown[name] = f"#{number}"
     return shown
 

@@ -1,7 +1,5 @@
-"""Step 6: a model that takes uint8 pixels, varies and normalises them on the device, and its attention."""
+"""Step 6: a model that takes uint8 pixels, varies and normalises them on the device."""
 
-import functools
-import math
 from typing import Any
 
 import torch
@@ -97,25 +95,3 @@ def augment(pixels: torch.Tensor, kinds: str) -> torch.Tensor:
         images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
         images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast) * brightness
     return images.clamp(0, 255)
-
-
-def attention_rollout(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Return where the class token looks, float32 (n, height, width), each from 0 to 1.
-
-    Abnar and Zuidema 2020, arXiv 2005.00928: the attention of all layers multiplied, heads averaged, the
-    residual counted as half. `pixels` is uint8 (n, channels, size, size). For the types of CLASS_TOKEN.
-    """
-    kind = model.config._attn_implementation  # transformers has no public getter
-    model.set_attn_implementation("eager")  # the faster ones keep no attention
-    try:
-        with torch.no_grad():
-            layers = model.eval()(pixel_values=pixels.to(model.device), output_attentions=True).attentions
-    finally:
-        model.set_attn_implementation(kind)
-    itself = torch.eye(layers[0].shape[-1], device=model.device)
-    flow = functools.reduce(lambda flow, layer: (layer.mean(1) + itself) / 2 @ flow, layers, itself)
-    side = math.isqrt(flow.shape[-1] - 1)  # registers, after the class token, are fewer than a row of patches
-    maps = flow[:, 0, -(side**2) :].reshape(-1, 1, side, side)
-    maps = F.interpolate(maps, pixels.shape[-2:], mode="bilinear")[:, 0].cpu()
-    low, high = maps.flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)[..., None, None]
-    return ((maps - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)  # single patches can outshine all else

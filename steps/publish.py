@@ -17,7 +17,8 @@ from .workspace import Workspace
 
 PUBLISHED = """config.json preprocessor_config.json model.safetensors README.md all_results.json
 trainer_state.json report/metrics.json report/split.csv report/confusion_matrix.png report/per_class.png
-report/reliability.png report/training_curves.png report/public.html""".split()
+report/reliability.png report/roc.png report/precision_recall.png report/training_curves.png
+report/public.html""".split()
 
 
 def open_hub(work: Workspace) -> str:

@@ -13,12 +13,11 @@ from conftest import Training, draw, draw_images, load_images, make_work, story
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
-from steps.architectures import ANY_SIZE, CLASS_TOKEN, TYPES, check_checkpoint, pixel_shape, processor_of
+from steps.architectures import ANY_SIZE, TYPES, check_checkpoint, pixel_shape, processor_of
 from steps.duplicates import Scenes
 from steps.evaluation import predict
 from steps.galleries import draw_examples, galleries
 from steps.finetune import head_inputs, layerwise_optimizer
-from steps.model import attention_rollout
 from steps.options import Settings
 from steps.preprocess import pixels_of, prepare_pixels, resize
 from steps.use import load_classifier
@@ -179,15 +178,14 @@ def test_the_probe_reads_what_the_head_reads(run):
     assert logits == pytest.approx(outputs.predictions, abs=1e-4) and (labels == outputs.label_ids).all()
 
 
-def test_attention_is_shown_where_a_class_token_looks_at_everything(run, tmp_path):
+def test_right_answers_and_mistakes_stand_beside_what_speaks_for_them(run, tmp_path):
     table = predict(run.trainer, run.splits, ["test"], tmp_path / "predictions.csv")
     wrong = table.assign(label=np.roll(table["label"], 1))
     shown = galleries(pd.concat([table, wrong]), run.scenes, run.images, run.trainer)
-    token = run.trainer.model.config.model_type in CLASS_TOKEN
-    assert [*shown] == (["mistakes.png", "attention.png"] if token else ["mistakes.png"])
+    assert [*shown] == ["mistakes.png", "attribution.png"]
     pixels = pixels_of(table["file"], run.images, (3, 32, 32))
     picture = draw_examples(table, ["blue", "green", "red"], run.images, run.trainer).axes[0].images[0]
-    assert picture.get_array().shape == (32, 68 if token else 32, 3)
+    assert picture.get_array().shape == (32, 68, 3)
     assert (picture.get_array()[:, :32] == pixels[0]).all()
 
 
@@ -254,18 +252,6 @@ def test_a_checkpoint_for_another_task_lends_its_body(tmp_path, kind, other):
     for name, weights in model.state_dict().items():
         if not name.startswith(("classifier.", "beit.pooler.")):
             assert torch.equal(weights, body[name.removeprefix(f"{kind}.")]), name
-
-
-def test_registers_are_no_part_of_the_picture(tmp_path):
-    model, _ = make(write_checkpoint(tmp_path, "dinov2_with_registers"))
-    model.set_attn_implementation("eager")
-    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    flow = torch.eye(1 + 4 + 16)
-    for layer in model.eval()(pixel_values=pixels, output_attentions=True).attentions:
-        flow = (layer[0].mean(0) / 2 + torch.eye(21) / 2) @ flow
-    smooth = torch.nn.functional.interpolate(flow[0, 5:].view(1, 1, 4, 4), (32, 32), mode="bilinear")[0, 0]
-    found = attention_rollout(model, pixels)[0]
-    assert np.corrcoef(smooth.detach().ravel(), found.ravel())[0, 1] > 0.98
 
 
 def test_activations_are_not_computed_again_where_the_type_cannot(tmp_path):

@@ -5,22 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import draw_pixels, predict_by_chance
-from transformers import ViTForImageClassification
+from conftest import predict_by_chance
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from steps.duplicates import Scenes
 from steps.figures import (
-    charts,
     draw_class_bars,
     draw_confusion_matrix,
     draw_reliability,
     draw_training_curves,
 )
 from steps.files import probability_columns
-from steps.galleries import draw_conflicts, draw_examples, galleries
-from steps.model import attention_rollout
-from steps.publish import PUBLISHED
 from steps.use import load_classifier
 
 HISTORY = [
@@ -34,6 +28,7 @@ HISTORY = [
 
 
 CALIBRATION = {"temperature": 1.5, "ece_before": 0.1234, "ece_after": 0.0456}
+CALIBRATION |= {"accuracy_at_90_percent_coverage": 0.9777}
 
 
 def trainer_of(checkpoint):
@@ -69,6 +64,20 @@ def assert_legible(figure):
                 min(box.x1, its.x1) - max(box.x0, its.x0) < 1 or min(box.y1, its.y1) - max(box.y0, its.y0) < 1
             )
             assert apart, (text, other)
+
+
+def results_of(table, names):
+    """What the charts need of metrics.json, from a table of predictions."""
+    per_class = {}
+    for name in names:
+        true, score = table["label"] == name, table[f"p_{name}"]
+        row = {"n": int(true.sum()), "recall": 0.5, "precision": 0.5, "recall_low": 0.4, "recall_high": 0.6}
+        areas = {"auroc": roc_auc_score, "average_precision": average_precision_score} if true.any() else {}
+        for area, function in areas.items():
+            value = function(true, score)
+            row |= {area: value, f"{area}_low": 0.9 * value, f"{area}_high": min(1, 1.1 * value)}
+        per_class[name] = row
+    return {"per_class": per_class, "test": {"macro_auroc": {"value": 0.9}}}
 
 
 def long_names(classes):
@@ -128,34 +137,23 @@ def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classe
     assert y[-1] == pytest.approx(right.mean()) and x[-1] == 1
     assert y[249] == pytest.approx(right[np.argsort(-confidence)[:250]].mean())
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert names == ["before: ECE 0.123", "after, T = 1.50: ECE 0.046"]
+    assert names == ["as it should be", "before: ECE 0.123", "after, T = 1.50: ECE 0.046"]
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["the surest 90 %: 0.978"]
+    assert all(axes.get_xlim()[1] == 1 for axes in figure.axes) and figure.axes[1].get_ylim()[1] == 1
     assert_legible(figure)
 
 
-@pytest.mark.parametrize("classes", [2, 8, 23])
-def test_galleries_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
-    names = long_names(classes)
-    table, (images, pixels) = predict_by_chance(names)[:12], draw_pixels(names)
-    figure = draw_examples(table, names, images, trainer_of(tiny_vit))
-    for row, axes in enumerate(figure.axes[: len(table)]):
-        shown = axes.images[0].get_array()
-        assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
-        assert (shown[:, 36:] != shown[:, :32]).any()
-        certain = f"{table[probability_columns(names)].iloc[row].max():.0%}"
-        caption = f"true: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
-        assert axes.get_title() == caption
-    assert_legible(figure)
-
-
-def test_conflicts_stand_side_by_side(tiny_vit):
-    images, pixels = draw_pixels(["polyps", "esophagitis"])
-    pairs = {"file_a": ["x/3.jpg", "x/9.jpg"], "file_b": ["x/7.jpg", "x/1.jpg"], "distance": [0.0012, 0.03],
-             "label_a": ["polyps", "esophagitis"], "label_b": ["esophagitis", "polyps"]}  # fmt: skip
-    figure = draw_conflicts(pd.DataFrame(pairs), images, trainer_of(tiny_vit))
-    first = figure.axes[0].images[0].get_array()
-    assert (first[:, :32] == pixels[3].transpose(1, 2, 0)).all()
-    assert (first[:, 36:] == pixels[7].transpose(1, 2, 0)).all()
-    assert figure.axes[0].get_title() == "polyps | esophagitis\ndistance 0.001"
+def test_bins_of_few_images_are_faint_and_counted():
+    sizes = {0.55: 4, 0.75: 5, 0.95: 120}
+    confidence = np.repeat([*sizes], [*sizes.values()])
+    labels = (np.arange(len(confidence)) % 4 == 0).astype(int)
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    figure = draw_reliability(labels, probabilities, CALIBRATION | {"temperature": 1.0})
+    left, _, below = figure.axes
+    drawn = [(line.get_alpha(), [*np.round(line.get_xdata(), 6)]) for line in left.lines[1:]]
+    assert drawn == [(None, [0.75, 0.95]), (0.3, [0.55])] * 2
+    assert [text.get_text() for text in below.texts] == ["4", "5", "120"]
+    assert "fewer than 5" in left.get_legend().get_title().get_text()
     assert_legible(figure)
 
 
@@ -184,25 +182,6 @@ def test_charts_of_many_classes_stay_small_and_show_what_matters(classes):
     assert f"the 60 of {classes:,} classes with the lowest recall" in figure.axes[0].get_xlabel()
 
 
-def test_attention_rollout_against_the_papers_loop(tiny_vit):
-    """The rows of the paper's loop in NumPy, patch by patch."""
-    model = ViTForImageClassification.from_pretrained(tiny_vit, dtype=torch.float32)
-    kind = model.config._attn_implementation
-    pixels = torch.rand(2, 3, 32, 32)
-    maps = attention_rollout(model, pixels)
-    assert maps.shape == (2, 32, 32) and maps.min() == 0 and maps.max() == 1
-    assert model.config._attn_implementation == kind
-    model.set_attn_implementation("eager")
-    attention = model(pixel_values=pixels, output_attentions=True).attentions
-    for picture in range(2):
-        flow = np.eye(17)
-        for layer in attention:
-            flow = (layer[picture].mean(0).detach().numpy() / 2 + np.eye(17) / 2) @ flow
-        grid = torch.tensor(flow[0, 1:]).view(1, 1, 4, 4)
-        smooth = torch.nn.functional.interpolate(grid, (32, 32), mode="bilinear")[0, 0]
-        assert np.corrcoef(smooth.ravel(), maps[picture].ravel())[0, 1] > 0.98
-
-
 def test_curves_show_what_was_logged():
     figure = draw_training_curves(HISTORY)
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
@@ -212,28 +191,20 @@ def test_curves_show_what_was_logged():
     assert_legible(figure)
 
 
-def test_charts_are_published_and_galleries_never(tiny_vit):
-    """The galleries show images: the most certain mistakes first, and a right answer per class."""
-    names = long_names(3)
-    table, (images, _) = predict_by_chance(names), draw_pixels(names)
-    trainer = trainer_of(tiny_vit)
-    pairs = {"file_a": ["x/1.jpg", "x/3.jpg"], "file_b": ["x/2.jpg", "x/4.jpg"], "distance": [0.01, 0.02],
-             "label_a": names[:2], "label_b": [names[0], names[2]]}  # fmt: skip
-    scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), table["file"]))
-    drawn = galleries(table, scenes, images, trainer)
-    results = {"per_class": dict.fromkeys(names, {"n": 20}), "calibration": CALIBRATION}
-    shown = charts(results | {"made": "fine-tuned"}, table, HISTORY)
-    assert {f"report/{name}" for name in shown} == {name for name in PUBLISHED if name.endswith(".png")}
-    assert set(drawn) == {"mistakes.png", "attention.png", "label_conflicts.png"}
-    assert not set(drawn) & set(shown)
+def test_curves_of_one_epoch_are_readable():
+    figure = draw_training_curves(HISTORY[:2])
+    assert all(line.get_markersize() == 8 for axes in figure.axes for line in axes.lines)
+    assert [axes.get_xlim() for axes in figure.axes] == [(0, 1)] * 2
+    assert figure.axes[1].get_ylim() == (pytest.approx(0.7), 1)
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0 and high > 1.1
+    assert_legible(figure)
 
-    def titles(name):
-        return [title for axes in drawn[name]().axes if (title := axes.get_title())]
 
-    wrong = table[table["label"] != table["prediction"]]
-    certain = wrong[probability_columns(names)].max(axis=1).nlargest(12)
-    first = wrong.loc[certain.index]
-    rows = zip(first["label"], first["prediction"], certain, strict=True)
-    assert titles("mistakes.png") == [f"true: {true}\npredicted: {got}, {p:.0%}" for true, got, p in rows]
-    assert sorted(title.split()[1] for title in titles("attention.png")) == names
-    assert titles("label_conflicts.png") == [f"{names[1]} | {names[2]}\ndistance 0.020"]
+def test_axes_of_shares_end_at_1():
+    entries = [entry | ({"eval_macro_f1": 1.0} if "eval_macro_f1" in entry else {}) for entry in HISTORY]
+    assert draw_training_curves(entries).axes[1].get_ylim() == (pytest.approx(0.7), 1)
+    row = {"recall": 1.0, "precision": 1.0, "recall_low": 0.9, "recall_high": 1.0, "n": 7}
+    figure = draw_class_bars({"a": row, "b": row})
+    assert figure.axes[0].get_xlim() == (0, 1)
+    assert not any(line.get_clip_on() for line in figure.axes[0].lines)  # a mark at 1 is whole

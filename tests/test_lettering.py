@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from steps import lettering
-from steps.lettering import draws, explain, fonts_for, letter
+from steps.lettering import draws, explain, fonts_for, letter, shorten, width_of
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=255)
 
@@ -66,6 +66,20 @@ def test_a_legend_says_which_class_a_number_means():
     plain = Figure(figsize=(5, 3))
     explain(plain, ["polyp"], letter(names))
     assert not plain.get_supxlabel() and plain.get_figheight() == 3
+
+
+@pytest.mark.parametrize(
+    "text, longest, shown",
+    [
+        ("0d2dab27-7dde.jpg", 17, "0d2dab27-7dde.jpg"),
+        ("0d2dab27-7dde.jpg", 11, "0d2da…e.jpg"),
+        ("胃" * 10, 11, "胃胃…胃胃胃"),
+        ("ağız boşluğu.jpeg", 10, "ağız….jpeg"),
+        ("abcde\u0301fgh", 6, "ab…fgh"),
+    ],
+)
+def test_a_long_name_loses_its_middle(text, longest, shown):
+    assert shorten(text, longest) == shown and width_of(shown) <= longest
 
 
 @settings(max_examples=30, deadline=None)

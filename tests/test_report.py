@@ -34,7 +34,7 @@ def results(tmp_path):
            "f1": 0.85, "n": 10, "groups": 6, "auroc": 0.97, "auroc_low": 0.91, "auroc_high": 0.99,
            "average_precision": 0.94, "average_precision_low": 0.8,
            "average_precision_high": 0.98}  # fmt: skip
-    part = dict.fromkeys([*METRICS, "ece", "log_loss", "macro_auroc"], score) | {
+    part = dict.fromkeys([*METRICS, "ece", "log_loss", "macro_auroc", "macro_average_precision"], score) | {
         "accuracy": {"value": 0.9123, "low": 0.88, "high": 0.94}
     }
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
@@ -121,8 +121,8 @@ def test_card_is_complete_and_carries_the_terms(tmp_path, report, results, kvasi
     assert "{" not in card.text.split("```bash")[0] and "None" not in card.text
     shown = re.findall(r"]\(report/(.+?)\)", card.text)
     drawn = {path.name for path in (tmp_path / "report").glob("*.png")}
-    assert drawn - set(shown) == {"mistakes.png", "attention.png", "label_conflicts.png"}  # of the images
-    assert set(shown) < drawn and len(shown) == 4
+    assert drawn - set(shown) == {"mistakes.png", "attribution.png", "label_conflicts.png"}  # of the images
+    assert set(shown) < drawn and len(shown) == 6
 
 
 def test_model_that_came_from_a_folder_is_no_name_on_the_hub(card_of, results):
@@ -135,12 +135,10 @@ def test_model_that_came_from_a_folder_is_no_name_on_the_hub(card_of, results):
 def test_card_names_the_type_of_the_model(tmp_path, card_of, report):
     assert report().data.tags == ["vision", "vit"]
     card = (tmp_path / "README.md").read_text()
-    assert "\nA Vision Transformer that assigns" in card and "attention rollout" in card
-    (tmp_path / "report" / "attention.png").unlink()  # other types have none
+    assert "\nA Vision Transformer that assigns" in card and "integrated gradients" in card
     (tmp_path / "config.json").write_text('{"model_type": "swin"}')
     card = card_of()
     assert card.data.tags == ["vision", "swin"] and "\nA model of type swin that assigns" in card.text
-    assert "confident mistakes. They show" in card.text
 
 
 def test_command_of_a_run_gives_its_settings_again(tmp_path):
@@ -399,7 +397,10 @@ def test_no_picture_without_something_to_show(tmp_path, report, results):
         history=[{"ridge_strength": 10.0}], pairs={"label_a": [], "label_b": []},
     )  # fmt: skip
     names = {path.name for path in (tmp_path / "report").glob("*.png")}
-    assert names == {"attention.png", "confusion_matrix.png", "per_class.png", "reliability.png"}
+    assert names == {
+        "attribution.png", "confusion_matrix.png", "per_class.png", "precision_recall.png", "reliability.png",
+        "roc.png",
+    }  # fmt: skip
     assert "training_curves" not in card.text and "--num_train_epochs 0" in card.text
 
 

@@ -86,7 +86,7 @@ def test_all_files_of_the_interface_are_there(run):
         "report/metrics.json", "report/predictions.csv", "report/split.csv",
         "report/near_duplicates.csv", "report/model_card.md", "report/confusion_matrix.png",
         "report/training_curves.png", "report/per_class.png", "report/reliability.png",
-        "report/attention.png",
+        "report/attribution.png", "report/roc.png", "report/precision_recall.png",
     }  # fmt: skip
     assert not [path for path in run["model"].parent.rglob("*") if ".part-" in path.name]
 

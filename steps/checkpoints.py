@@ -118,14 +118,15 @@ def newest_checkpoint(training: TrainingArguments) -> str | None:
         if damage := damage_of(Path(asked)):
             stop(f"cannot resume from {asked}: {damage}", "leave it out: the newest is then used")
         return asked
-    for checkpoint in reversed(checkpoints_in(Path(training.output_dir))):
-        if not (damage := damage_of(checkpoint)):
-            return str(checkpoint)
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        if MAIN:
-            remove(aside)
-            os.replace(checkpoint, aside)
-        log.warning("warning: %s cannot be used: %s; now called %s", checkpoint.name, damage, aside.name)
+    with training.main_process_first(local=False):
+        for checkpoint in reversed(checkpoints_in(Path(training.output_dir))):
+            if not (damage := damage_of(checkpoint)):
+                return str(checkpoint)
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            if MAIN:
+                remove(aside)
+                os.replace(checkpoint, aside)
+            log.warning("warning: %s cannot be used: %s; now called %s", checkpoint.name, damage, aside.name)
     return None
 
 

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Callable
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from transformers import Trainer
 from .architectures import pixel_shape
 from .attribution import attribute
 from .duplicates import Scenes
-from .files import probability_columns
+from .files import probability_columns, read_table
 from .lettering import escape, explain, fonts_for, letter, shorten, width_of
 from .preprocess import pixels_of
 
@@ -29,9 +29,10 @@ ORANGE = "#FF7800"  # what speaks for an answer, over a grey picture
 def galleries(
     predictions: pd.DataFrame, scenes: Scenes, images: Dataset, trainer: Trainer
 ) -> dict[str, Callable[[], Figure]]:
-    """Return {file name: function that draws it} for mistakes, right answers, label conflicts, if any exist.
+    """Return {file name: function that draws it}: mistakes, right answers, doubtful and conflicting labels.
 
-    The right answers, one of each class, and the mistakes stand beside what speaks for them.
+    Of each what there is, up to 12. The right answers, one of each class, and the mistakes stand beside what
+    speaks for them. The doubtful labels are the first of report/label_issues.csv.
     """
     tested, names = predictions[predictions["split"] == "test"], images.features["label"].names
     tested = tested.iloc[np.argsort(-tested[probability_columns(names)].max(axis=1), kind="stable")]
@@ -45,6 +46,10 @@ def galleries(
     conflicts = scenes.pairs[scenes.pairs["label_a"] != scenes.pairs["label_b"]]
     if len(conflicts):
         drawn["label_conflicts.png"] = partial(draw_conflicts, conflicts[:12], images, trainer)
+    path = Path(trainer.args.output_dir) / "report" / "label_issues.csv"
+    issues = read_table(path, ["file", "label", "proposed", "p_proposed"])
+    if len(issues):
+        drawn["label_issues.png"] = partial(draw_issues, issues[:12], images, trainer)
     return drawn
 
 
@@ -100,6 +105,20 @@ def draw_conflicts(pairs: pd.DataFrame, images: Dataset, trainer: Trainer) -> Fi
     ]
     figure = draw_pictures(join(left, right), captions)
     explain(figure, [*pairs["label_a"], *pairs["label_b"]], shown)
+    return figure
+
+
+def draw_issues(issues: pd.DataFrame, images: Dataset, trainer: Trainer) -> Figure:
+    """Draw images whose labels are in doubt, each with its file name, its label and the proposed class."""
+    pictures = pixels_of(issues["file"], images, pixel_shape(trainer.processing_class))
+    shown, files = letter(images.features["label"].names), name_files(issues["file"], issues["label"])
+    rows = zip(files, issues["label"], issues["proposed"], issues["p_proposed"], strict=True)
+    captions = [
+        f"{file}\nlabelled {shown[label]}\nlooks like {shown[proposed]}, {p:.0%}"
+        for file, label, proposed, p in rows
+    ]
+    figure = draw_pictures(pictures, captions)
+    explain(figure, [*issues["label"], *issues["proposed"]], shown)
     return figure
 
 

@@ -1,26 +1,16 @@
 """Step 9: labels in doubt, by the model, asked of images that it has not learned, and by near-duplicates."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from cleanlab.filter import find_label_issues as confident_learning
-from datasets import Dataset
-from matplotlib.figure import Figure
-from transformers import Trainer
 
-from .architectures import pixel_shape
 from .console import log
 from .duplicates import Scenes
 from .files import PREFIX, read_table, remove, write_table
-from .galleries import draw_pictures
-from .lettering import escape, explain, fonts_for, letter
-from .preprocess import pixels_of
 from .workspace import Workspace
 
-TABLE, PICTURE = "label_issues.csv", "label_issues.png"
 SURE = "confident learning"  # how `why` begins in its rows
 
 
@@ -31,7 +21,7 @@ def find_label_issues(predictions: pd.DataFrame, scenes: Scenes, work: Workspace
     probabilities are those of the folds, if the run has them, else of the validation and test images. Images
     that the model has learned are looked at only where a near-duplicate has another label.
     """
-    path, folds = work.report / TABLE, work.report / "cross_validation.csv"
+    path, folds = work.report / "label_issues.csv", work.report / "cross_validation.csv"
     columns, source = [name for name in predictions if name.startswith(PREFIX)], "validation and test"
     if folds.exists():
         predictions, source = read_table(folds, ["file", *columns]), "cross-validation"
@@ -45,7 +35,7 @@ def find_label_issues(predictions: pd.DataFrame, scenes: Scenes, work: Workspace
     before = path.read_bytes() if path.exists() else None
     write_table(path, issues)
     if path.read_bytes() != before:  # the picture is drawn anew
-        remove(path.with_name(PICTURE))
+        remove(path.with_suffix(".png"))
     confident = int(issues["why"].str.startswith(SURE).sum())
     text = "labels in doubt, by %s: %s of %s images, %s of them by confident learning; see %s"
     log.info(text, source, len(issues), f"{len(looked_at):,}", confident, path)
@@ -108,23 +98,3 @@ def both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
     names, a, b = ["file", "own", "other", "label"], ["file_a", "label_a"], ["file_b", "label_b"]
     links = [pairs[one + two].set_axis(names, axis=1) for one, two in ((a, b), (b, a))]
     return pd.concat(links).sort_index(kind="stable")
-
-
-def draw_label_issues(images: Dataset, trainer: Trainer, work: Workspace) -> dict[str, Callable[[], Figure]]:
-    """Return {file name: function that draws it} for the first 12 rows of report/label_issues.csv, if any."""
-    issues = read_table(work.report / TABLE, ["file", "label", "proposed", "p_proposed"])[:12]
-    return {PICTURE: partial(draw_issues, issues, images, trainer)} if len(issues) else {}
-
-
-def draw_issues(issues: pd.DataFrame, images: Dataset, trainer: Trainer) -> Figure:
-    """Draw images whose labels are in doubt, each with its file name, its label and the proposed class."""
-    pictures = pixels_of(issues["file"], images, pixel_shape(trainer.processing_class))
-    shown, families = letter(images.features["label"].names), fonts_for(issues["file"])
-    columns = issues["file"], issues["label"], issues["proposed"], issues["p_proposed"]
-    captions = [
-        f"{escape(file, families)}\nlabelled {shown[label]}\nlooks like {shown[proposed]}, {p:.0%}"
-        for file, label, proposed, p in zip(*columns, strict=True)
-    ]
-    figure = draw_pictures(pictures, captions)
-    explain(figure, [*columns[1], *columns[2]], shown)
-    return figure

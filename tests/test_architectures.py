@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import Training, draw, draw_images, load_images, make_work, story
 from PIL import Image
+from test_figures import write_issues
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
 from steps.architectures import ANY_SIZE, TYPES, check_checkpoint, pixel_shape, processor_of
@@ -181,6 +182,7 @@ def test_the_probe_reads_what_the_head_reads(run):
 def test_right_answers_and_mistakes_stand_beside_what_speaks_for_them(run, tmp_path):
     table = predict(run.trainer, run.splits, ["test"], tmp_path / "predictions.csv")
     wrong = table.assign(label=np.roll(table["label"], 1))
+    write_issues(run.work.output_dir, [])
     shown = galleries(pd.concat([table, wrong]), run.scenes, run.images, run.trainer)
     assert [*shown] == ["mistakes.png", "attribution.png"]
     pixels = pixels_of(table["file"], run.images, (3, 32, 32))

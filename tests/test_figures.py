@@ -14,7 +14,7 @@ from steps.figures import (
     draw_reliability,
     draw_training_curves,
 )
-from steps.files import probability_columns
+from steps.files import probability_columns, write_table
 from steps.use import load_classifier
 
 HISTORY = [
@@ -31,10 +31,20 @@ CALIBRATION = {"temperature": 1.5, "ece_before": 0.1234, "ece_after": 0.0456}
 CALIBRATION |= {"accuracy_at_90_percent_coverage": 0.9777}
 
 
-def trainer_of(checkpoint):
-    """What the galleries need of a Trainer."""
+def trainer_of(checkpoint, output_dir=None, doubtful=()):
+    """What the galleries need of a Trainer, and the list of `doubtful` files in its report."""
     model, processor = load_classifier(str(checkpoint))
-    return SimpleNamespace(model=model, processing_class=processor)
+    if output_dir:
+        write_issues(output_dir, doubtful)
+    args = SimpleNamespace(output_dir=str(output_dir))
+    return SimpleNamespace(model=model, processing_class=processor, args=args)
+
+
+def write_issues(output_dir, files):
+    """Write report/label_issues.csv: files of the class a that look like b, less and less so."""
+    table = pd.DataFrame({"file": files, "label": "a", "proposed": "b"}, dtype=str)
+    table["p_proposed"] = np.linspace(0.95, 0.5, len(table))
+    write_table(output_dir / "report" / "label_issues.csv", table)
 
 
 def boxes(figure):

@@ -84,11 +84,21 @@ def test_orange_lies_where_a_map_is_high():
     assert np.argwhere((shown[0] != 100).any(2)).min() >= 6 and (shown[0, 8:10, 8:10, 2] < 70).all()
 
 
-def test_charts_are_published_and_galleries_never(tiny_vit):
+def test_doubtful_labels_are_shown_with_file_label_and_proposed_class(tiny_vit, tmp_path):
+    images, table = draw_pixels(["a", "b"])[0], predict_by_chance(["a", "b"])
+    scenes = Scenes(pd.DataFrame(columns=["label_a", "label_b"]), pd.Series(range(60), table["file"]))
+    trainer = trainer_of(tiny_vit, tmp_path, [f"x/{row}.jpg" for row in range(20)])
+    drawn = galleries(table, scenes, images, trainer)
+    assert "report/label_issues.png" not in PUBLISHED
+    titles = [axes.get_title() for axes in drawn["label_issues.png"]().axes]
+    assert titles[0] == "x/0.jpg\nlabelled a\nlooks like b, 95%" and len([*filter(None, titles)]) == 12
+
+
+def test_charts_are_published_and_galleries_never(tiny_vit, tmp_path):
     """The galleries show images: the most certain mistakes first, and a right answer per class."""
     names = long_names(3)
     table, (images, _) = predict_by_chance(names), draw_pixels(names)
-    trainer = trainer_of(tiny_vit)
+    trainer = trainer_of(tiny_vit, tmp_path)
     pairs = {"file_a": ["x/1.jpg", "x/3.jpg"], "file_b": ["x/2.jpg", "x/4.jpg"], "distance": [0.01, 0.02],
              "label_a": names[:2], "label_b": [names[0], names[2]]}  # fmt: skip
     scenes = Scenes(pd.DataFrame(pairs), pd.Series(range(60), table["file"]))

@@ -6,13 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import draw_pixels
 
 from steps.duplicates import Scenes
 from steps.files import probability_columns, read_table, write_table
-from steps.label_issues import draw_label_issues, find_label_issues, weigh
-from steps.publish import PUBLISHED
-from steps.use import load_classifier
+from steps.label_issues import find_label_issues, weigh
 
 PAIR = ["file_a", "file_b", "distance", "label_a", "label_b"]
 COLUMNS = ["file", "split", "label", "proposed", "p_label", "p_proposed", "why"]
@@ -153,7 +150,6 @@ def test_which_images_are_listed(tmp_path, case):
     run = Run(tmp_path, names, rows, twins)
     found, table = run.find()
     assert table["file"].tolist() == listed and found["listed"] == len(listed)
-    assert len(draw_label_issues(None, None, run.work)) == bool(listed)
 
 
 def test_images_that_validate_and_test_are_counted_once_and_learned_ones_not(tmp_path):
@@ -180,16 +176,3 @@ def test_the_table_is_made_anew_when_there_are_folds(tmp_path):
     found, table = run.find()
     assert (found["images"], found["from"]) == (4, "cross-validation") and not picture.exists()
     assert table[["file", "split"]].to_numpy().tolist() == [["3.jpg", "train"]]
-
-
-def test_the_picture_names_file_label_and_proposed_class(tmp_path, tiny_vit):
-    names = ["a", "b"]
-    images, _ = draw_pixels(names)
-    model, processor = load_classifier(str(tiny_vit))
-    trainer = SimpleNamespace(model=model, processing_class=processor)
-    issues = pd.DataFrame({"file": [f"x/{row}.jpg" for row in range(20)], "label": "a", "proposed": "b"})
-    write_table(tmp_path / "label_issues.csv", issues.assign(p_proposed=np.linspace(0.95, 0.5, 20)))
-    drawn = draw_label_issues(images, trainer, SimpleNamespace(report=tmp_path))
-    assert list(drawn) == ["label_issues.png"] and not any("label_issues" in name for name in PUBLISHED)
-    titles = [axes.get_title() for axes in drawn["label_issues.png"]().axes]
-    assert titles[0] == "x/0.jpg\nlabelled a\nlooks like b, 95%" and len([*filter(None, titles)]) == 12

@@ -65,7 +65,7 @@ def results(tmp_path):
 @pytest.fixture
 def report(tmp_path, tiny_vit, results):
     """Return a function that writes the report into tmp_path and returns the card."""
-    trainer = trainer_of(tiny_vit)
+    trainer = trainer_of(tiny_vit, tmp_path)
     conflict = {
         "file_a": ["x/1.jpg"],
         "file_b": ["x/2.jpg"],

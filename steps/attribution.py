@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 CELLS = 16  # per side of a map
 STEPS = 8  # between the blurred image and the image
-BLACK = 16  # grey levels of 256: what is darker in all channels is a frame, with the noise of JPEG
+BLACK = 8  # grey levels of 256: what is darker in all channels is a frame, with the noise of JPEG
 
 
 def attribute(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:

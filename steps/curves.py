@@ -16,6 +16,7 @@ GRID = np.linspace(0, 1, 201)  # where the curves of many classes are averaged
 # Okabe and Ito, told apart by colour-blind readers: first drawn through, then dashed.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
 STYLES = [{"color": colour, "linestyle": style} for style in ("-", "--") for colour in COLOURS]
+BOLD = {"linewidth": 1.6, "zorder": 3}  # above the frame, where the best curves run
 MARKS = {"specificity": "o", "sensitivity": "s"}
 
 
@@ -77,7 +78,7 @@ def draw_curves(kind: Curve, labels: np.ndarray, probabilities: np.ndarray, resu
     shares, good = np.array([true.mean() for true in truths]), areas.mean() >= 0.9
     scores = (probabilities[:, numbers[name]] for name in measured)
     curves = [kind.points(*pair) for pair in zip(truths, scores, strict=True)]
-    figure = Figure(figsize=(10 if good else 6, 6), layout="constrained")
+    figure = Figure(layout="constrained")
     panels = figure.subplots(1, 2 if good else 1, squeeze=False)[0]
     many, shown = len(measured) > FEW, letter([*numbers])
     named = np.argsort(areas, kind="stable")[:WORST] if many else range(len(measured))
@@ -89,18 +90,18 @@ def draw_curves(kind: Curve, labels: np.ndarray, probabilities: np.ndarray, resu
             name = measured[place]
             found = [per_class[name][kind.area + end] for end in ("", "_low", "_high")]
             text = "{}: {:.3f} ({:.3f} to {:.3f})".format(shown[name], *found)
-            axes.plot(*curves[place], **style, linewidth=1.6, label=text)
+            axes.plot(*curves[place], **style, **BOLD, clip_on=axes is not panels[0], label=text)
         axes.set(xlim=sides, ylim=(bottom, 1), aspect="equal", xlabel=kind.labels[0], ylabel=kind.labels[1])
         axes.grid(alpha=0.3)
         draw_points(axes, kind, shares, results)
-    if good:
-        panels[1].set_title("the corner, enlarged")
-        panels[1].locator_params(nbins=4)
+    for axes in panels[1:]:
+        axes.set_title("the corner, enlarged")
+        axes.locator_params(nbins=4)
     title = f"{kind.name} (95 % interval)" + (f"; named: the {len(named)} lowest" if many else "")
     lines = panels[0].get_legend_handles_labels()
-    style = {"ncols": len(panels), "fontsize": 8, "title_fontsize": 9, "title": title}
-    figure.legend(*lines, loc="outside lower center", **style)
-    figure.set_figheight(5.2 + 0.18 * -(-len(lines[0]) // len(panels)))
+    style = {"loc": "outside lower center", "ncols": len(panels), "fontsize": 8, "title_fontsize": 9}
+    figure.legend(*lines, title=title, **style)
+    figure.set_size_inches(10 if good else 6, 5.2 + 0.18 * -(-len(lines[0]) // len(panels)))
     explain(figure, [measured[place] for place in named], shown)
     return figure
 

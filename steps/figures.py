@@ -82,7 +82,7 @@ def draw_training_curves(log_history: list[dict]) -> Figure:
             axes.plot(values.index, values, style, color=colour, label=label, markersize=size, clip_on=False)
             axes.legend()
         axes.set_xlabel("epoch")
-        axes.set_xlim(0, max(1, history.index.max()))
+        axes.set_xlim(0, history.index.max() * (1 if len(history) > 1 else 2))  # a single point in the middle
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
     left.set_ylim(bottom=0)
@@ -142,23 +142,23 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, found: dict[
         bins = pd.DataFrame({"x": values, "y": right}).groupby(np.ceil(values * BINS)).agg(["mean", "size"])
         x, y, size = bins["x", "mean"], bins["y", "mean"], bins["x", "size"]
         enough, label = size >= ENOUGH, f"{name}: ECE {error:.3f}"
-        marks = {"color": colour, "markersize": 5, "clip_on": False}
+        marks = {"color": colour, "markersize": 5, "clip_on": False, "in_layout": False}  # it may be empty
         left.plot(x[enough], y[enough], style, label=label, **marks)
         left.plot(x[~enough], y[~enough], style[0], alpha=0.3, **marks)
     draw_counts(below, bins.index, size)
-    below.set_xlabel("probability of the predicted class")
+    below.set_xlabel("probability of the predicted class (number of images: after)")
     below.set_ylabel("images", fontsize=8)
     left.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of right answers")
-    note = f"faint: fewer than {ENOUGH} images; below: images after"
+    note = f"faint: fewer than {ENOUGH} images"
     left.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, title=note, title_fontsize=8
     )
     count, order = np.arange(1, len(labels) + 1), np.argsort(-confidence, kind="stable")
     other.plot(count / len(labels), right[order].cumsum() / count, color=BLUE, clip_on=False)
+    other.set(xlim=(0, 1), ylim=(floor_of(other), 1))
     share = found["accuracy_at_90_percent_coverage"]
     other.axvline(0.9, color="grey", linewidth=1, linestyle="--", label=f"the surest 90 %: {share:.3f}")
     other.set(xlabel="share of the images answered, most certain first", ylabel="accuracy on them")
-    other.set(xlim=(0, 1), ylim=(floor_of(other), 1))
     other.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
     for axes in (left, other):
         axes.grid(alpha=0.3)
@@ -170,5 +170,6 @@ def draw_counts(axes: Axes, bins: pd.Index, counts: pd.Series) -> None:
     middles = (bins - 0.5) / BINS
     axes.bar(middles, counts, 0.9 / BINS, color=BLUE, alpha=0.5)
     for x, count in zip(middles, counts, strict=True):
-        axes.annotate(f"{count:,}", (x, count), (0, 1), textcoords="offset points", ha="center", fontsize=7)
+        text = axes.annotate(f"{count:,}", (x, count), (0, 1), textcoords="offset points", ha="center")
+        text.set(fontsize=7, in_layout=False)  # or a wide one at the end would squeeze the charts
     axes.set(xlim=(0, 1), ylim=(0, 1.45 * counts.max()), yticks=[])

@@ -150,6 +150,7 @@ def test_reliability_shows_shares_by_probability_and_accuracy_by_coverage(classe
     assert names == ["as it should be", "before: ECE 0.123", "after, T = 1.50: ECE 0.046"]
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["the surest 90 %: 0.978"]
     assert all(axes.get_xlim()[1] == 1 for axes in figure.axes) and figure.axes[1].get_ylim()[1] == 1
+    assert 0 < figure.axes[1].get_ylim()[0] <= min(y) or min(y) < 0.1  # no lower than it need be
     assert_legible(figure)
 
 
@@ -204,7 +205,7 @@ def test_curves_show_what_was_logged():
 def test_curves_of_one_epoch_are_readable():
     figure = draw_training_curves(HISTORY[:2])
     assert all(line.get_markersize() == 8 for axes in figure.axes for line in axes.lines)
-    assert [axes.get_xlim() for axes in figure.axes] == [(0, 1)] * 2
+    assert [axes.get_xlim() for axes in figure.axes] == [(0, 2)] * 2
     assert figure.axes[1].get_ylim() == (pytest.approx(0.7), 1)
     low, high = figure.axes[0].get_ylim()
     assert low == 0 and high > 1.1
@@ -218,3 +219,11 @@ def test_axes_of_shares_end_at_1():
     figure = draw_class_bars({"a": row, "b": row})
     assert figure.axes[0].get_xlim() == (0, 1)
     assert not any(line.get_clip_on() for line in figure.axes[0].lines)  # a mark at 1 is whole
+
+
+def test_a_wide_count_or_an_empty_line_does_not_squeeze_the_charts():
+    labels, probabilities = np.zeros(10_000, int), np.full((10_000, 50), 0.02)
+    figure = draw_reliability(labels, probabilities, CALIBRATION)
+    figure.draw_without_rendering()
+    left, other, below = (axes.bbox.height for axes in figure.axes)
+    assert left > 0.6 * other and left > 2 * below

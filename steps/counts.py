@@ -6,6 +6,7 @@ import pandas as pd
 from .intervals import basis_of, class_weights, interval, share_interval
 from .options import METRICS
 
+BLOCK = 1000  # groups at once: their tables of many classes need memory
 STEP = 1e-6  # how much more a group counts, to see what it adds to a score
 
 
@@ -47,8 +48,16 @@ def score_guesses(
     tables = count(labels, guesses, group, classes)
     total = [table.sum(0) for table in tables]
     values = scores_of(*[row[None] for row in total]).iloc[0]
-    heavier = scores_of(*[row + STEP * table for row, table in zip(total, tables, strict=True)])
-    parts, worse, better = (heavier - values) / STEP, *scores_at_ends(labels, guesses, group, classes)
+    heavier = [
+        scores_of(
+            *[row + STEP * table[first : first + BLOCK] for row, table in zip(total, tables, strict=True)]
+        )
+        for first in range(0, len(tables[0]), BLOCK)
+    ]
+    parts, worse, better = (
+        (pd.concat(heavier) - values) / STEP,
+        *scores_at_ends(labels, guesses, group, classes),
+    )
     alone, macro = (basis_of(weights, group) for weights in (np.ones(len(labels)), class_weights(labels)))
     found = {}
     for name in METRICS:

@@ -98,7 +98,7 @@ if settings.predict or settings.demo or settings.compare:  # only use finished m
 #
 # `--output_dir` belongs to one run. Its `settings.json` records how the run was made; once something has been
 # trained, settings that would change the result are refused. On Colab the folder lies on Google Drive. What
-# would fail late is tried now: whether the checkpoint can be read and, to publish, the Hub be written to.
+# could fail late is tried now: reading the checkpoint and, to publish, writing to the Hub.
 
 # %%
 from steps.publish import open_hub
@@ -124,7 +124,7 @@ with training.main_process_first(local=False):  # under torchrun the others wait
 # ## 3 · Load
 #
 # Whatever you have becomes one table: file, label and, where known, split and patient (column `group`). The
-# README shows what is understood. Then `datasets` lists the files as an *imagefolder*; nothing is decoded yet.
+# README shows what is understood. `datasets` lists the files as an *imagefolder*; nothing is decoded yet.
 
 # %%
 from datasets import load_dataset
@@ -150,8 +150,8 @@ log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), li
 # ## 4 · Preprocess
 #
 # The checkpoint's processor, here a `ViTImageProcessor`, knows how it wants its images: size, mean, standard
-# deviation. Each file is decoded and resized once, by `Dataset.map` on all cores, and kept as uint8: a fourth
-# of float32. Normalising waits until the pixels are on the GPU. Unreadable files are named and left out.
+# deviation. Each file is decoded and resized once, by `Dataset.map` on all cores, and kept as uint8: a
+# quarter of float32. Normalising waits for the GPU. Files that cannot be read are named and left out.
 
 # %%
 from transformers import AutoImageProcessor
@@ -169,11 +169,11 @@ show_examples(images, image_folder, shape)
 # ## 5 · Split
 #
 # The model learns from the training images, the validation images choose its best epoch, and the test images
-# are looked at once, at the end. Frames of one examination can be nearly the same picture. With one in
-# training and another in the test set, the score measures memory. So near-duplicates are found first: what a
-# chain of them connects is a *scene*. A *group* is a patient with all scenes that hold its images, or a scene
-# if no patient is known; no group is divided. On 1,126 real endoscopy images a random split gives an accuracy
-# of 0.963; a split by whole scenes, with the same classifier, 0.898. A split that you give comes first.
+# score it at the end. Frames of one examination can be nearly the same picture. If training has one and the
+# test another, the score measures memory. So near-duplicates are found first: what a chain of them connects
+# is a *scene*. A *group* is a patient with all scenes that show them, or a scene if no patient is known; no
+# group is divided. On 1,126 real endoscopy images a random split gives an accuracy of 0.963; a split by whole
+# scenes, with the same classifier, 0.898. A split that you give is kept.
 
 # %%
 from steps.duplicates import find_scenes
@@ -187,8 +187,8 @@ show_splits(splits, scenes)
 # %% [markdown]
 # ## 6 · Model
 #
-# The pretrained model, here a `ViTForImageClassification`, has a head for other classes, or none: `draw_head`
-# makes a random one. This is a function because `--cross_validate` makes more models.
+# The pretrained model, here a `ViTForImageClassification`, mostly has a head for other classes, or none:
+# then `draw_head` makes a random one. This is a function because `--cross_validate` makes more models.
 
 # %%
 import torch
@@ -219,8 +219,8 @@ def make_model(checkpoint: str) -> tuple[PreTrainedModel, bool]:
 # First the head alone is fitted to the pretrained features: a random head would begin by pulling the features
 # towards its own noise. Then the `Trainer` tunes all layers. After every epoch it evaluates on the validation
 # images and saves a checkpoint, from which a run that was cut off goes on. Last, the head is divided by one
-# number, the *temperature*, so that the probabilities mean what they say. The model is saved where `pipeline`
-# finds it. Once it is there, this step is skipped.
+# number, the *temperature*, to bring the probabilities closer to the truth. The model is saved where
+# `pipeline` finds it. Once it is there, this step is skipped.
 
 # %%
 from datasets import DatasetDict
@@ -272,8 +272,8 @@ trainer = fine_tune(checkpoint, splits, training)
 # ## 8 · Evaluate
 #
 # `trainer.predict` gives a logit per class. Their softmax gives the probabilities in `predictions.csv`, from
-# which the scores are computed. The 95 % intervals count whole groups: ten frames of one polyp are one
-# finding. Specificity is the share of other classes' images that are not taken for the class. ECE (expected
+# which the scores are computed. The 95 % intervals are over groups: ten frames of one polyp are not ten
+# polyps. Specificity is the share of other classes' images that are not taken for the class. ECE (expected
 # calibration error) is how far, on average, the probabilities are from the share of right answers. Then parts
 # of the test images are painted black, to see whether the model reads burnt-in text instead of tissue.
 
@@ -299,8 +299,8 @@ if settings.external_dir:
 # %% [markdown]
 # ## 9 · Report
 #
-# `report/index.html` is the page to open: scores, figures, test images, the most confident mistakes and what
-# in them speaks for the wrong answer, labels in doubt. The model card is written from the run's own files;
+# `report/index.html` is the page to open: scores, figures, test images, the most confident mistakes beside
+# what speaks for the wrong answer, labels in doubt. The model card is written from the run's own files;
 # the Hub shows it as the model's page. A card that you have edited stays as it is.
 
 # %%
@@ -322,8 +322,8 @@ if MAIN:  # under torchrun one process writes
 # ## 10 · Publish
 #
 # With `--push_to_hub` one commit takes the model, its card, charts and numbers to the Hub, but none of your
-# images. Downloaded into an empty folder, the model is asked about test images, and a second commit says in
-# the card whether it answers as it did here.
+# images. The model is then downloaded and classifies test images, and a second commit says in the card
+# whether it answers as it did here.
 
 # %%
 from steps.publish import publish
@@ -336,7 +336,7 @@ if hub:
 #
 # The model needs nothing from this repository: `pipeline` decodes, resizes, normalises and sorts. `--predict
 # PATH ...` classifies files, folders and archives, and `--demo` opens a web page to drop an image on.
-# `--compare RUN_A RUN_B` says by how much two models differ on the same test images, and how surely.
+# `--compare RUN_A RUN_B` says how much two models differ on the same test images, with intervals.
 
 # %%
 from steps.use import show_commands

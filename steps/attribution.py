@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from .console import progress
+
 CELLS = 16  # per side of a map
 STEPS = 8  # between the blurred image and the image
 BLACK = 8  # grey levels of 256: what is darker in all channels is a frame, with the noise of JPEG
@@ -14,9 +16,10 @@ def attribute(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
 
     Integrated gradients (Sundararajan, Taly and Yan 2017, arXiv 1703.01365) from a blurred copy to the image:
     the sum over a map is, nearly, the log-odds of the image less those of the copy. What is the same in both,
-    such as a black corner, adds nothing. `pixels` is uint8 (n, channels, size, size).
+    such as a black corner, adds nothing of its own. `pixels` is uint8 (n, channels, size, size).
     """
-    return torch.cat([attribute_one(model, image[None]) for image in pixels.to(model.device)]).cpu()
+    images = progress(pixels.to(model.device), desc="what speaks for the answers")
+    return torch.cat([attribute_one(model, image[None]) for image in images]).cpu()
 
 
 def attribute_one(model: PreTrainedModel, image: torch.Tensor) -> torch.Tensor:

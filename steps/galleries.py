@@ -31,8 +31,8 @@ def galleries(
 ) -> dict[str, Callable[[], Figure]]:
     """Return {file name: function that draws it}: mistakes, right answers, doubtful and conflicting labels.
 
-    Of each what there is, up to 12. The right answers, one of each class, and the mistakes stand beside what
-    speaks for them. The doubtful labels are the first of report/label_issues.csv.
+    Up to 12 of each. Right answers, one per class, and mistakes stand beside what speaks for them. The
+    doubtful labels are the first of report/label_issues.csv.
     """
     tested, names = predictions[predictions["split"] == "test"], images.features["label"].names
     tested = tested.iloc[np.argsort(-tested[probability_columns(names)].max(axis=1), kind="stable")]
@@ -114,7 +114,7 @@ def draw_issues(issues: pd.DataFrame, images: Dataset, trainer: Trainer) -> Figu
     shown, files = letter(images.features["label"].names), name_files(issues["file"], issues["label"])
     rows = zip(files, issues["label"], issues["proposed"], issues["p_proposed"], strict=True)
     captions = [
-        f"{file}\nlabelled {shown[label]}\nlooks like {shown[proposed]}, {p:.0%}"
+        f"{file}\nlabel: {shown[label]}\nproposed: {shown[proposed]}, {p:.0%}"
         for file, label, proposed, p in rows
     ]
     figure = draw_pictures(pictures, captions)
@@ -133,7 +133,7 @@ def draw_examples(
     columns = predictions["label"], predictions["prediction"], certain
     shown, rows = letter(class_names), zip(name_files(predictions["file"], columns[0]), *columns, strict=True)
     captions = [
-        f"{file}\ntrue: {shown[true]}\npredicted: {shown[guess]}, {p:.0%}" for file, true, guess, p in rows
+        f"{file}\nlabel: {shown[true]}\npredicted: {shown[guess]}, {p:.0%}" for file, true, guess, p in rows
     ]
     figure = draw_pictures(join(pixels, overlay(pixels, maps)), captions)
     figure.set_figheight(figure.get_figheight() + 0.5)

@@ -37,7 +37,10 @@ CHARTS = {  # they show no image
     "reliability.png": "Reliability, and accuracy by coverage",
     "training_curves.png": "Training curves",
 }
-GALLERIES = {"attribution.png": "What speaks for the answers, one of each class"}
+GALLERIES = {
+    "mistakes.png": "The most confident mistakes, in orange what speaks for the wrong answer",
+    "attribution.png": "Right answers, one per class, up to 12; in orange what speaks for them",
+}
 ISSUES = "file split label proposed p_label p_proposed why".split()  # columns of label_issues.csv
 
 

@@ -220,7 +220,7 @@ def show_splits(splits: DatasetDict, scenes: Scenes) -> None:
     if counts.get("patients_across_test"):
         text = "warning: the score will be optimistic: %s patients are both in the test and outside it"
         log.warning(text, counts["patients_across_test"])
-    text = "%(groups)s groups; %(near_duplicate_pairs)s near-identical pairs, %(pairs_across_splits)s of them"
+    text = "%(groups)s groups; %(near_duplicate_pairs)s near-duplicate pairs, %(pairs_across_splits)s of them"
     log.info(text + " on two sides, %(conflicting_label_pairs)s with different labels", counts)
     if counts["pairs_across_test"]:
         text = "warning: the score will be optimistic: %s pairs join a test image to one that is not"

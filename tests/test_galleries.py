@@ -26,7 +26,7 @@ def test_examples_show_the_pictures_and_say_what_they_are(tiny_vit, classes):
         assert (shown[:, :32] == pixels[row].transpose(1, 2, 0)).all() and shown.shape == (32, 68, 3)
         assert (shown[:, 36:] != shown[:, :32]).any()
         certain = f"{table[probability_columns(names)].iloc[row].max():.0%}"
-        caption = f"true: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
+        caption = f"label: {table['label'].iloc[row]}\npredicted: {table['prediction'].iloc[row]}, {certain}"
         assert axes.get_title() == f"x/{row}.jpg\n{caption}"
     assert figure.axes[-1].get_xlabel() == "speaks for the predicted class"
     assert_legible(figure)
@@ -91,7 +91,7 @@ def test_doubtful_labels_are_shown_with_file_label_and_proposed_class(tiny_vit, 
     drawn = galleries(table, scenes, images, trainer)
     assert "report/label_issues.png" not in PUBLISHED
     titles = [axes.get_title() for axes in drawn["label_issues.png"]().axes]
-    assert titles[0] == "x/0.jpg\nlabelled a\nlooks like b, 95%" and len([*filter(None, titles)]) == 12
+    assert titles[0] == "x/0.jpg\nlabel: a\nproposed: b, 95%" and len([*filter(None, titles)]) == 12
 
 
 def test_charts_are_published_and_galleries_never(tiny_vit, tmp_path):
@@ -117,7 +117,7 @@ def test_charts_are_published_and_galleries_never(tiny_vit, tmp_path):
     certain = wrong[probability_columns(names)].max(axis=1).nlargest(12)
     first = wrong.loc[certain.index]
     rows = zip(first["file"], first["label"], first["prediction"], certain, strict=True)
-    captions = [f"{file}\ntrue: {true}\npredicted: {got}, {p:.0%}" for file, true, got, p in rows]
+    captions = [f"{file}\nlabel: {true}\npredicted: {got}, {p:.0%}" for file, true, got, p in rows]
     assert titles("mistakes.png") == captions
     assert sorted(title.split()[2] for title in titles("attribution.png")) == names
     assert titles("label_conflicts.png") == [f"x/3.jpg\nx/4.jpg\n{names[1]} | {names[2]}\ndistance 0.020"]

@@ -26,6 +26,7 @@ from steps.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 CHARTS = {"confusion_matrix.png", "per_class.png", "reliability.png", "training_curves.png"}
+CHARTS |= {"roc.png", "precision_recall.png"}
 
 
 @pytest.fixture

@@ -44,10 +44,23 @@ def average_precision_parts(positive: np.ndarray, scores: np.ndarray) -> np.ndar
     return parts / right.sum()
 
 
-SCORES = (
-    ("auroc", roc_auc_score, auroc_parts),
-    ("average_precision", average_precision_score, average_precision_parts),
-)
+SCORES = {
+    "auroc": (roc_auc_score, auroc_parts),
+    "average_precision": (average_precision_score, average_precision_parts),
+}
+
+
+def rank_parts(
+    labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the AUROC or average precision (`name`) of each class with images, against the rest: (classes,).
+
+    And what each group adds to its error, float64 (classes, groups). Two classes or more must have images.
+    """
+    value_of, parts_of = SCORES[name]
+    sides = [(labels == label, probabilities[:, label]) for label in np.unique(labels)]
+    parts = [np.bincount(group, parts_of(*side)) for side in sides]
+    return np.array([value_of(*side) for side in sides]), np.array(parts)
 
 
 def discriminate(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> dict:
@@ -62,15 +75,11 @@ def discriminate(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarr
         return {"macro": {}}
     found, macro = {label: {} for label in seen}, {}
     whole = basis_of(class_weights(labels), group)
-    for name, value_of, parts_of in SCORES:
-        values, total = [], np.zeros(group.max() + 1)
-        for label in seen:
-            positive, scores = labels == label, probabilities[:, label]
-            values.append(value_of(positive, scores))
-            parts = np.bincount(group, parts_of(positive, scores))
-            total += parts / len(seen)
-            found[label][name] = interval(values[-1], parts, basis_of_class(positive, group, name))
-        score = interval(np.mean(values), total, by_rank(whole) if name == "auroc" else whole)
+    for name in SCORES:
+        values, parts = rank_parts(labels, probabilities, group, name)
+        for label, value, part in zip(seen, values, parts, strict=True):
+            found[label][name] = interval(value, part, basis_of_class(labels == label, group, name))
+        score = interval(values.mean(), parts.mean(0), by_rank(whole) if name == "auroc" else whole)
         # no more certain than the class of which least is known
         spans = [found[label][name] for label in seen]
         low = min(score["value"] + (span["low"] - span["value"]) / len(seen) for span in spans)

@@ -56,12 +56,16 @@ def interval(
     return {"value": float(value), "low": min(low, float(value)), "high": max(high, float(value))}
 
 
+def mean_parts(values: np.ndarray, group: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the mean of `values` (n,), and what each group adds to its error, float64 (groups,)."""
+    mean = values.mean()
+    return float(mean), np.bincount(group, values - mean) / len(values)
+
+
 def share_interval(right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     """Return the share of `right`, bool (n,), and its interval over `groups` (n,), see `interval`."""
-    group, value = np.unique(groups, return_inverse=True)[1], right.mean()
-    return interval(
-        value, np.bincount(group, right - value) / len(right), basis_of(np.ones(len(right)), group)
-    )
+    group = np.unique(groups, return_inverse=True)[1]
+    return interval(*mean_parts(right, group), basis_of(np.ones(len(right)), group))
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from transformers import EvalPrediction
 from .counts import count, score_guesses, scores_of
 from .discrimination import discriminate
 from .files import probability_columns
-from .intervals import LEAST, basis_of, interval, share_interval
+from .intervals import LEAST, basis_of, interval, mean_parts, share_interval
 
 BINS = 15  # of the expected calibration error, equally wide: Guo et al. 2017, arXiv 1706.04599
 
@@ -38,6 +38,11 @@ def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
     return metric.compute(predictions=outputs.predictions.argmax(-1), references=outputs.label_ids)
 
 
+def losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return the cross-entropy of each image, float64 (n,), in nats: what log loss is the mean of."""
+    return -np.log(probabilities[np.arange(len(labels)), labels].clip(LEAST))
+
+
 def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
     """Return {"value", "low", "high"} of METRICS, ece, log_loss and what `discriminate` has in macro.
 
@@ -47,11 +52,10 @@ def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> 
     group = np.unique(groups, return_inverse=True)[1]
     found = score_guesses(labels, guesses, group, probabilities.shape[1])
     found["ece"] = true_calibration_error(confidence, guesses == labels, group)
-    losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(LEAST))
-    parts = np.bincount(group, losses - losses.mean()) / len(labels)
+    mean_loss = mean_parts(losses(labels, probabilities), group)
     basis = replace(basis_of(np.ones(len(labels)), group), images=1 / LEAST)  # a loss is no share
     worst = -np.log(probabilities.min(1).clip(LEAST)).mean() if basis.count > 1 else -np.log(LEAST)
-    found["log_loss"] = interval(losses.mean(), parts, basis, (0.0, worst))
+    found["log_loss"] = interval(*mean_loss, basis, (0.0, worst))
     return found | discriminate(labels, probabilities, group)["macro"]
 
 

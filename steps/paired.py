@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import scipy.stats
+from scipy.special import stdtrit
 
-from .intervals import LEAST
 from .counts import count, scores_of
+from .discrimination import rank_parts
+from .intervals import LEAST, mean_parts
+from .scores import losses
 
 # ECE is not compared: what chance adds to it differs between models. Log loss covers calibration.
 COMPARED = ["accuracy", "macro_f1", "mcc", "macro_recall", "macro_precision", "macro_auroc", "log_loss"]
@@ -40,87 +43,75 @@ class Images:
         return np.unique(pairs[:, 0], return_counts=True)[1]
 
 
-def leave_out(values: np.ndarray) -> np.ndarray:
-    """Return the sum of `values` (groups, ...) over groups, then the sums without each (1 + groups, ...)."""
-    return np.concatenate([values.sum(0)[None], values.sum(0) - values])
+def score_parts(images: Images, answers: Answers) -> tuple[pd.Series, pd.DataFrame]:
+    """Return COMPARED, and what each group adds to the error of each (groups, COMPARED).
 
-
-def macro_auroc(images: Images, probabilities: np.ndarray) -> np.ndarray:
-    """Return the macro AUROC of all images, then without each group: float64 (1 + groups,).
-
-    A class against the rest: the share of pairs, one image of each, that are ranked rightly. Ranks say
-    how many pairs an image is part of, among all images and within its group (DeLong et al. 1988, for groups
-    Obuchowski 1997): nothing is sorted again for each group. nan where there are no pairs.
+    To a score of counts: what changes without the group, times (groups - 1) / groups, as in a jackknife. The
+    derivative by the group's weight says too little where a class has few groups. It is what a group adds to
+    log loss and macro AUROC; one class alone has no AUROC.
     """
-    own = images.labels[:, None] == np.arange(images.classes)
-    table = pd.DataFrame(probabilities)
-
-    def below(by: np.ndarray) -> np.ndarray:
-        """Return how many images of the other side rank below each, among those alike in `by`."""
-        parts = [table.where(side).groupby(by).rank() for side in (own, ~own)]
-        return (table.groupby(by).rank() - parts[0].fillna(parts[1])).to_numpy()
-
-    def by_group(values: np.ndarray) -> np.ndarray:
-        return pd.DataFrame(values).groupby(images.group).sum().to_numpy(float)
-
-    everywhere, inside = below(np.zeros(len(own))), below(images.group)
-    won = np.where(own, everywhere, own.sum(0) - everywhere)  # pairs, as one of the class or of the rest
-    every = np.where(own, everywhere, 0).sum(0)
-    left = every - by_group(won - np.where(own, inside, 0))  # pairs within the group were subtracted twice
-    left, pairs = np.vstack([every, left]), leave_out(by_group(own)) * leave_out(by_group(~own))
-    shares = np.divide(left, pairs, out=np.full_like(left, np.nan), where=pairs > 0)
-    has_pairs = (pairs > 0).sum(1)
-    return np.divide(np.nansum(shares, 1), has_pairs, out=np.full(len(left), np.nan), where=has_pairs > 0)
-
-
-def score_without(images: Images, answers: Answers) -> pd.DataFrame:
-    """Return COMPARED: a row of all images, then one without each group (1 + groups rows)."""
-    counts = count(images.labels, answers.guesses, images.group, images.classes)
+    rows = images.labels, answers.probabilities
+    tables = count(images.labels, answers.guesses, images.group, images.classes)
+    values = scores_of(*[table.sum(0)[None] for table in tables]).iloc[0]
     with np.errstate(invalid="ignore"):  # without the only group there is nothing
-        table = scores_of(*map(leave_out, counts))
-    rows = np.arange(len(images.labels))
-    losses = -np.log(answers.probabilities[rows, images.labels].clip(LEAST))
-    sizes = leave_out(np.bincount(images.group)).clip(1)
-    table["log_loss"] = leave_out(np.bincount(images.group, losses)) / sizes
-    table["macro_auroc"] = macro_auroc(images, answers.probabilities)
-    return table[COMPARED]
+        without = scores_of(*[table.sum(0) - table for table in tables])
+    parts = (values - without) * (images.groups - 1) / images.groups
+    values["log_loss"], parts["log_loss"] = mean_parts(losses(*rows), images.group)
+    if len(np.unique(images.labels)) > 1:
+        of_classes = rank_parts(*rows, images.group, "auroc")
+        values["macro_auroc"], parts["macro_auroc"] = (found.mean(0) for found in of_classes)
+    defined = [name for name in COMPARED if name in values]
+    return values[defined], parts[defined]
 
 
-def jackknife(values: np.ndarray, unseen: float, most: float) -> dict[str, float]:
-    """Return {"value", "low", "high"} of a difference, 95 %, from `values`: its own, then without each group.
+def t_interval(
+    difference: tuple[float, np.ndarray], unseen: float, most: float, heavy: bool = False
+) -> dict[str, float]:
+    """Return {"value", "low", "high"}, 95 %, of a `difference`: its value, what each group adds (groups,).
 
-    The delete-one-group jackknife with Student's t (Bell and McCaffrey 2002; CV3 of MacKinnon, Nielsen and
-    Webb 2023). Models that differ in few groups, or none, may still differ elsewhere: so one more group is
-    counted (Agresti and Min 2005 add an image). Its effect is the mean of those seen and of `unseen`, that of
-    a group in which only one model is right. Without `unseen`, t has as many degrees of freedom as groups
-    carry the variance. One group says nothing of others: the interval is then from -most to most.
+    The squares of what groups add give the variance, cluster-robust, and t has a degree of freedom less than
+    there are groups (Cameron and Miller 2015, doi 10.3368/jhr.50.2.317). Models that differ in few groups, or
+    none, may still differ elsewhere: so one more group is counted (Agresti and Min 2005 add half an image to
+    each cell of a 2 x 2 table). Its square is the mean of those seen and of `unseen`, that of a group in
+    which only one model is right. Where few groups can carry nearly all of a score (`heavy`), t has as many
+    degrees of freedom as carry the variance. One group says nothing of others: from -most to most.
     """
-    value, groups = values[0], len(values) - 1
-    if groups == 1 or np.isnan(values).any():
+    value, parts = difference
+    groups = len(parts)
+    if groups == 1:
         return {"value": float(value), "low": -most, "high": most}
-    squares = (values[1:] - value) ** 2 * (groups - 1) / groups
+    squares = parts**2 * groups / (groups - 1)
     carriers = squares.sum() ** 2 / max((squares**2).sum(), LEAST**4)  # 1: all of it is one group's
     more = (squares.sum() + unseen**2) / (carriers + 1)
-    freedom = groups - 1 if unseen else np.clip(carriers, 1, groups - 1)
-    reach = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(squares.sum() + more)
+    freedom = np.clip(carriers, 1, groups - 1) if heavy else groups - 1
+    reach = stdtrit(freedom, 0.975) * np.sqrt(squares.sum() + more)
     ends = np.clip([value - reach, value + reach], -most, most)
     return {"value": float(value), "low": float(ends[0]), "high": float(ends[1])}
 
 
-def compare_scores(images: Images, first: pd.DataFrame, other: pd.DataFrame) -> dict[str, dict[str, float]]:
+def cost_of_mistakes(answers: Answers) -> float:
+    """Return the log loss that a model expects of its mistakes: its second guess is right, not its first."""
+    *_, second, best = np.sort(answers.probabilities, axis=1).T
+    return float(np.average(-np.log(second.clip(LEAST)), weights=(1 - best).clip(LEAST)))
+
+
+def compare_scores(images: Images, first: Answers, other: Answers) -> dict[str, dict[str, float]]:
     """Return {metric: {"value", "low", "high"}} of other - first, of COMPARED; less log loss is better.
 
-    `first` and `other` are what `score_without` returned. A macro score rests on the groups of each
-    class: one with few of them widens `unseen`.
+    What a group adds to a difference is the difference of what it adds to both scores. A macro score rests on
+    the groups of each class: one with few of them widens `unseen`.
     """
-    differences, each = other - first, images.groups_of_classes()
+    (theirs, before), (values, parts) = (score_parts(images, one) for one in (first, other))
+    each = images.groups_of_classes()
     unseen = dict.fromkeys(COMPARED, np.sqrt((1 / each**2).mean()) / len(each))
-    unseen |= {"accuracy": 1 / images.groups, "log_loss": 0.0}
     unseen["mcc"] *= len(each) / max(len(each) - 1, 1)
-    defined = differences.columns[differences.iloc[0].notna()]  # one class alone has no AUROC
-    return {
-        name: jackknife(differences[name].to_numpy(), unseen[name], MOST.get(name, 1.0)) for name in defined
-    }
+    unseen["accuracy"] = 1 / images.groups
+    unseen["log_loss"] = np.mean([cost_of_mistakes(one) for one in (first, other)]) / images.groups
+    result = {}
+    for name in values.index:
+        difference = values[name] - theirs[name], (parts[name] - before[name]).to_numpy()
+        result[name] = t_interval(difference, unseen[name], MOST.get(name, 1.0), heavy=name == "log_loss")
+    return result
 
 
 def compare_recalls(images: Images, first: Answers, other: Answers) -> dict[int, dict]:
@@ -130,9 +121,9 @@ def compare_recalls(images: Images, first: Answers, other: Answers) -> dict[int,
     for label in np.unique(images.labels):
         rows = images.labels == label
         group = np.unique(images.group[rows], return_inverse=True)[1]
-        gain, n = np.bincount(group, gains[rows]), np.bincount(group)
-        values = leave_out(gain) / leave_out(n).clip(1)
-        result[int(label)] = jackknife(values, 1 / len(n), 1.0) | {"n": int(n.sum()), "groups": len(n)}
+        groups = int(group.max()) + 1
+        found = t_interval(mean_parts(gains[rows], group), 1 / groups, 1.0)
+        result[int(label)] = found | {"n": len(group), "groups": groups}
     return result
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from steps.counts import count, scores_of
 from steps.discrimination import discriminate
-from steps.intervals import resample, share_interval
+from steps.intervals import share_interval
 from steps.scores import BINS, score
 
 SHARES = {2: [0.6, 0.4], 8: [0.22, 0.18, 0.15, 0.12, 0.1, 0.09, 0.08, 0.06]}  # of the classes
@@ -96,9 +96,6 @@ def truth(kind: tuple) -> dict[str, float]:
     return found | {"ece": np.abs(gap).sum() / len(labels), "log_loss": log_loss}
 
 
-draws = functools.cache(resample)
-
-
 def measure(labels: np.ndarray, group: np.ndarray, said: np.ndarray) -> dict[str, dict[str, float]]:
     """Return the intervals of one test."""
     last, guesses = labels.max(), said.argmax(1)
@@ -112,7 +109,8 @@ def measure(labels: np.ndarray, group: np.ndarray, said: np.ndarray) -> dict[str
 def bootstrap(labels: np.ndarray, group: np.ndarray, said: np.ndarray) -> dict[str, dict[str, float]]:
     """Return the percentile intervals, 1,000 draws of groups, of one test."""
     tables = count(labels, said.argmax(1), np.unique(group, return_inverse=True)[1], said.shape[1])
-    times = draws(len(tables[0]))
+    groups = len(tables[0])
+    times = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), size=1000)
     table = scores_of(*[times @ table for table in tables])[["accuracy", "macro_f1", "mcc"]]
     ends = table.quantile([0.025, 0.975]).set_axis(["low", "high"]).add_prefix("bootstrap: ")
     return ends.to_dict()

@@ -1,6 +1,7 @@
 """Step 11: finished runs compared, in words, numbers and a picture."""
 
 import copy
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def compare_runs(settings: Settings, training: TrainingArguments) -> None:
 
 def locate(folder: str, settings: Settings, training: TrainingArguments) -> str:
     """Return the folder of a run: as given or, on Colab, of this name on Drive."""
-    if Path(folder).is_dir():
+    if os.path.isdir(folder):
         return folder
     moved = copy.copy(training)
     moved.output_dir = folder
@@ -67,10 +68,10 @@ def choose_folder(runs: list[Run], settings: Settings, training: TrainingArgumen
     """Return the folder to write into: as given, else one named after the runs. Raises SystemExit."""
     if training.output_dir == TRAINING["output_dir"][0]:  # none was given
         names = "-".join(run.name.replace("/", "-") for run in runs)
-        training.output_dir = f"comparison-{names}"[:200]
+        training.output_dir = os.fsencode(f"comparison-{names}")[:200].decode(errors="ignore")
     keep_on_drive(settings, training, DRIVE)
-    folder = Path(training.output_dir)
-    if any((folder / name).exists() for name in ("settings.json", "model.safetensors")):
+    folder, files = Path(training.output_dir), ("settings.json", "model.safetensors", "metrics.json")
+    if any(os.path.exists(folder / name) for name in files):  # the last is in a run's report folder
         stop(f"--output_dir {folder} holds a run", "choose another: it is for the comparison")
     if not can_write(folder):
         stop(f"cannot write into {folder}", "choose another --output_dir")

@@ -33,6 +33,7 @@ CACHES = {
     "HF_MODULES_CACHE": "modules",
     "HF_METRICS_CACHE": "metrics",  # `evaluate` makes a folder there, although it keeps nothing in it
 }
+LONGEST = 255  # bytes in a name, on nearly every disk
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # NFS, Lustre, FUSE
 
 
@@ -65,6 +66,8 @@ def same_value(one: Any, other: Any) -> bool:
 def can_write(folder: Path) -> bool:
     """Say whether files can be made in a folder, or it can be made, without making anything."""
     if folder.parts[:1] == ("~",):  # this user has no home
+        return False
+    if any(len(os.fsencode(part)) > LONGEST for part in folder.parts):
         return False
     folder = folder.absolute()
     while not os.path.lexists(folder):

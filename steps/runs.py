@@ -1,5 +1,6 @@
 """Step 11: finished runs, and the test images that all of them share."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -68,8 +69,10 @@ class Run:
                 stop(f"{self.folder} holds no finished run: there is no {file}", "run its command to its end")
         table = self.tested
         known = table[["label", "prediction"]].isin(self.classes).all(axis=None)
-        numbers = all(kind.kind == "f" for kind in table[self.columns[1:]].dtypes)
-        if not (len(table) and known and numbers and table.index.isin(self.split.index).all()):
+        chances, unique = table[self.columns[1:]], table.index.is_unique
+        numbers = all(kind.kind in "if" for kind in chances.dtypes)  # a column may be 0 or 1 throughout
+        numbers = numbers and ((chances >= 0) & (chances <= 1)).all(axis=None)
+        if not (len(table) and known and numbers and unique and table.index.isin(self.split.index).all()):
             stop(f"{self.report / 'predictions.csv'} does not fit the files beside it", UNFIT)
         chosen = self.predictions.loc[self.predictions["split"] == "validation", "file"]
         if chosen.isin(table["file"]).any() and self.results["made"] != "evaluated":
@@ -91,7 +94,7 @@ def find_runs(folders: list[str]) -> list[Run]:
     if len(folders) < 2:
         stop("--compare needs two runs or more", "give their output folders: --compare RUN_A RUN_B")
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             stop(f"--compare {folder} is not a folder", "give the --output_dir of a finished run")
     for one, other in permutations(folders, 2):
         if same_value(one, other):

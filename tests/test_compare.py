@@ -200,6 +200,9 @@ def rename_class(results):
          "predictions.csv has no column p_cecum; .*if an earlier version made it, train it anew"),
         ("report/predictions.csv", lambda table: table.assign(prediction="?"), "does not fit the files"),
         ("report/predictions.csv", lambda table: table.assign(p_ulcer="?"), "does not fit the files"),
+        ("report/predictions.csv", lambda table: table.assign(p_ulcer=1.5), "does not fit the files"),
+        ("report/predictions.csv", lambda table: table.assign(p_ulcer="inf"), "does not fit the files"),
+        ("report/predictions.csv", lambda table: pd.concat([table, table]), "does not fit the files"),
         ("report/predictions.csv", lambda table: table[30:], "does not fit the files beside it"),
         ("report/split.csv", lambda table: table[9:], "does not fit the files beside it"),
         ("report/metrics.json", rename_class, "slow knows classes that .* does not|has no column p_polyps"),
@@ -215,6 +218,17 @@ def test_a_run_that_cannot_be_compared_is_refused(file, change, message, runs, t
         compare(*runs, "--output_dir", str(tmp_path / "out"))
     assert re.search(f"^error: .*({message})", stopped.value.code) and "\n" not in stopped.value.code
     assert not (tmp_path / "out").exists()
+
+
+def test_probabilities_of_0_and_1_and_long_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(tmp_path / (letter * 100)) for letter in "üé"]
+    sure = {"p_cecum": 1, "p_polyp": 0, "p_ulcer": 0, "prediction": "cecum"}
+    edit(runs[1] / "report" / "predictions.csv", lambda table: table.assign(**sure))
+    compare(*runs)
+    (folder,) = tmp_path.glob("comparison-*")
+    assert len(str(folder.name).encode()) <= 200
+    assert found_in(folder)["runs"][1]["scores"]["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_other_classes_are_refused_and_another_order_is_not(runs, tmp_path):
@@ -243,7 +257,10 @@ def test_flags_that_ask_for_no_comparison(runs, tmp_path):
         ([runs[0]], "--compare needs two runs or more; give their output folders"),
         ([runs[0], tmp_path / "none"], "--compare .*none is not a folder; give the --output_dir of a"),
         ([*runs, tmp_path / "link"], "--compare names one run twice: .*fast, .*link; give another run"),
+        ([runs[0], "x" * 300], "--compare x* is not a folder"),
         ([*runs, "--output_dir", runs[1]], "--output_dir .*slow holds a run; choose another"),
+        ([*runs, "--output_dir", runs[1] / "report"], "--output_dir .*report holds a run; choose another"),
+        ([*runs, "--output_dir", tmp_path / ("ü" * 200)], "cannot write into .*; choose another --output"),
         (
             [*runs, "--output_dir", runs[1] / "settings.json"],
             "cannot write into .*; choose another --output_dir",

@@ -70,7 +70,7 @@ def was_made_from(path: Path, key: str) -> bool:
     """Say whether there is a page that was made from what `key_of` gives this key."""
     if not path.exists():
         return False
-    with path.open(encoding="utf-8") as page:
+    with path.open(encoding="utf-8", errors="replace") as page:  # it may be damaged
         return f'"made-from" content="{key}"' in page.read(1000)
 
 

@@ -317,6 +317,7 @@ def test_pages_are_made_again_only_if_something_changed(tmp_path):
         lambda: run.predictions.update(run.predictions["p_a"] / 2),
         lambda: (run.report / "cross_validation.csv").write_text("file\n"),
         lambda: Image.new("RGB", (9, 9)).save(run.report / "per_class.png"),
+        lambda: [(run.report / f"{name}.html").write_bytes(b"\xff\0") for name in ("index", "public")],
     ):
         change()
         assert min(after := run.write()) > max(before)

@@ -21,7 +21,7 @@ from .lettering import explain, fonts_for, letter
 from .options import TRAINING, Settings
 from .paired import Images, compare_recalls, compare_scores, mcnemar, score_parts, swap_test
 from .report import public
-from .runs import Run, answers_of, find_runs, number, share
+from .runs import Run, answers_of, find_runs, label_numbers, shared_images
 from .workspace import DRIVE, MAY_DIFFER, keep_on_drive
 
 SEEDS = "this holds for these trained models; another seed makes another model: train each with a few seeds"
@@ -34,9 +34,9 @@ def compare_runs(settings: Settings, training: TrainingArguments) -> None:
     folder = choose_folder(runs, settings, training)
     for run in runs:
         run.check()
-    shared, counts = share(runs)
+    shared, counts = shared_images(runs)
     classes = runs[0].classes
-    images = Images(number(shared["label"], classes), shared["group"].to_numpy(), len(classes))
+    images = Images(label_numbers(shared["label"], classes), shared["group"].to_numpy(), len(classes))
     answers = [answers_of(run, shared.index, classes) for run in runs]
     scores = [score_parts(images, one)[0] for one in answers]
     found = {"runs": [describe(*pair) for pair in zip(runs, scores, strict=True)]}
@@ -128,12 +128,12 @@ def notes(found: dict) -> list[str]:
         (groups < images, f"{alone} (patients, scenes): believe the interval and the test over groups"),
         (groups == 1, "all images are of one group: nothing can be told of others"),
         (several > 1, f"each of {several} comparisons errs once in 20 times: some may differ by chance"),
-        (not found["same_data"], "the runs have other data on record: images are matched by name and label"),
+        (not found["same_data"], "the runs recorded different data: images are matched by name and label"),
         (found["untested_classes"], unseen),
         (found["other_label"], other),
         (found["not_in_all"], absent),
     ]
-    near = "{:,} of the images are of groups that {} has learned other images of: its score is optimistic"
+    near = "{:,} images are in groups of which {} has learned other images: its score is optimistic"
     rows += [(count, near.format(count, name)) for name, count in found["near_learned"].items()]
     return [text for holds, text in rows if holds]
 

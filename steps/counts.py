@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from .intervals import basis_of, class_weights, interval, share_interval
+from .intervals import basis_of, macro_weights, interval, share_interval
 from .options import METRICS
 
 BLOCK = 1000  # groups at once: their tables of many classes need memory
@@ -20,7 +20,7 @@ def count(labels: np.ndarray, guesses: np.ndarray, group: np.ndarray, classes: i
 
 
 def scores_of(hits: np.ndarray, true: np.ndarray, guessed: np.ndarray) -> pd.DataFrame:
-    """Return METRICS, as scikit-learn defines them, a row per draw, from counts (draws, classes)."""
+    """Return METRICS, as scikit-learn defines them, a row for each of counts (rows, classes)."""
     n = true.sum(1)
     shares = {
         "precision": hits / guessed.clip(1),
@@ -42,8 +42,8 @@ def score_guesses(
 ) -> dict[str, dict]:
     """Return {"value", "low", "high"} for each of METRICS; `labels`, `guesses` and `group` are int (n,).
 
-    Neither end is nearer than what the score would be, were the recall of any one class at that end of its
-    own interval. So a score is not more certain than its rarest class.
+    The interval holds what the score would be with the recall of any one class at either end of its own
+    interval. So a score is not more certain than its rarest class.
     """
     tables = count(labels, guesses, group, classes)
     total = [table.sum(0) for table in tables]
@@ -58,14 +58,14 @@ def score_guesses(
         (pd.concat(heavier) - values) / STEP,
         *scores_at_ends(labels, guesses, group, classes),
     )
-    alone, macro = (basis_of(weights, group) for weights in (np.ones(len(labels)), class_weights(labels)))
+    alone, macro = (basis_of(weights, group) for weights in (np.ones(len(labels)), macro_weights(labels)))
     found = {}
     for name in METRICS:
         basis = macro if name == "mcc" or name.startswith("macro") else alone
         lowest = 0.0
         if name == "mcc":  # all wrong, evenly; with one group, the least there is
             others = np.count_nonzero(total[1] + total[2]) - 1
-            lowest = -1.0 if basis.count == 1 else -1 / max(others, 1)
+            lowest = -1.0 if basis.groups == 1 else -1 / max(others, 1)
         ends = interval(values[name], parts[name].to_numpy(), basis, (lowest, 1.0))
         low, high = min(ends["low"], worse[name].min()), max(ends["high"], better[name].max())
         found[name] = ends | {"low": float(low), "high": float(high)}

@@ -6,9 +6,9 @@ import numpy as np
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from .intervals import Basis, basis_of, class_weights, interval, share_interval
+from .intervals import Basis, basis_of, macro_weights, interval, share_interval
 
-WANTED = (0.9, 0.95)  # of the specificity, then of the sensitivity: see `operating_points`
+WANTED = (0.9, 0.95)  # of each, specificity and sensitivity: see `operating_points`
 
 
 def auroc_parts(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ def discriminate(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarr
     if len(seen) < 2:
         return {"macro": {}}
     found, macro = {label: {} for label in seen}, {}
-    whole = basis_of(class_weights(labels), group)
+    whole = basis_of(macro_weights(labels), group)
     for name in SCORES:
         values, parts = rank_parts(labels, probabilities, group, name)
         for label, value, part in zip(seen, values, parts, strict=True):
@@ -91,13 +91,13 @@ def discriminate(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarr
 def basis_of_class(positive: np.ndarray, group: np.ndarray, name: str) -> Basis:
     """Return what a class's AUROC or average precision (`name`) rests on: the side that has fewer groups."""
     sides = [basis_of(side.astype(float), group) for side in (positive, ~positive)]
-    scarce = min(sides, key=lambda basis: basis.groups)
-    return replace(by_rank(scarce), images=float(len(group))) if name == "auroc" else scarce
+    scarce = min(sides, key=lambda basis: basis.effective_groups)
+    return replace(by_rank(scarce), effective_images=float(len(group))) if name == "auroc" else scarce
 
 
 def by_rank(basis: Basis) -> Basis:
-    """Return the basis of an AUROC: a group of which nothing is known ranks by chance and costs but half."""
-    return replace(basis, groups=2 * basis.groups)
+    """Return the basis of an AUROC: a group that was not seen ranks by chance, which is half a mistake."""
+    return replace(basis, effective_groups=2 * basis.effective_groups)
 
 
 def operating_points(
@@ -115,15 +115,15 @@ def operating_points(
     """
     if len(class_names) != 2 or any(len(np.unique(labels)) < 2 for labels, _ in (validation, test)):
         return {}
-    false, true, thresholds = roc_curve(validation[0], validation[1][:, 1], drop_intermediate=False)
-    # the first threshold, above all, is infinite, which is no number in JSON
+    fpr, tpr, thresholds = roc_curve(validation[0], validation[1][:, 1], drop_intermediate=False)
+    # the first threshold lies above all scores and is infinite: JSON has no such number
     thresholds[0] = np.nextafter(thresholds[1], np.inf)
     positive, scores, points = test[0] == 1, test[1][:, 1], []
     for wanted in ("specificity", "sensitivity"):
         for at in WANTED:
-            kept = np.argmax(true >= at)  # the first: the most specific
+            kept = np.argmax(tpr >= at)  # the first: the most specific
             if wanted == "specificity":
-                kept = np.argmax(np.where(1 - false >= at, true, -1))
+                kept = np.argmax(np.where(1 - fpr >= at, tpr, -1))
             called = scores >= thresholds[kept]
             points.append(
                 {"wanted": wanted, "at": at, "threshold": float(thresholds[kept])}

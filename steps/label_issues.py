@@ -25,7 +25,7 @@ def find_label_issues(predictions: pd.DataFrame, scenes: Scenes, work: Workspace
     columns, source = [name for name in predictions if name.startswith(PREFIX)], "validation and test"
     if folds.exists():
         predictions, source = read_table(folds, ["file", *columns]), "cross-validation"
-    else:  # test images may validate, too
+    else:  # without validation images the test images stand there twice
         predictions = predictions[predictions["split"] != "train"].drop_duplicates("file", keep="last")
     known = predictions.set_index("file")[columns].rename(columns=lambda name: name.removeprefix(PREFIX))
     differ = scenes.pairs[scenes.pairs["label_a"] != scenes.pairs["label_b"]]

@@ -24,7 +24,7 @@ from .report import TEMPLATES, command_of
 from .workspace import Workspace
 
 MOST = 10_000  # test images with a thumbnail
-MOST_BYTES = 38_000_000  # of all thumbnails together; as text in the page they take a third more
+MOST_BYTES = 38_000_000  # of the test images' thumbnails; as text in the page they take a third more
 FEW, LARGE, SMALL = 2_000, 192, 96  # up to so many images the longer side has LARGE pixels, else SMALL
 MATRIX = 30  # classes that a confusion matrix has room for; of more, the most frequent confusions
 LISTED = 100  # rows of the other lists; the CSV files beside the page have all

@@ -116,7 +116,7 @@ def compare_scores(images: Images, first: Answers, other: Answers) -> dict[str, 
 
 def compare_recalls(images: Images, first: Answers, other: Answers) -> dict[int, dict]:
     """Return {class: {"value", "low", "high", "n", "groups"}} of the difference in recall."""
-    gains = right(images, other) - right(images, first)
+    gains = is_right(images, other) - is_right(images, first)
     result = {}
     for label in np.unique(images.labels):
         rows = images.labels == label
@@ -127,26 +127,26 @@ def compare_recalls(images: Images, first: Answers, other: Answers) -> dict[int,
     return result
 
 
-def right(images: Images, answers: Answers) -> np.ndarray:
+def is_right(images: Images, answers: Answers) -> np.ndarray:
     """Return whether each image is classified correctly, int (n,)."""
     return (answers.guesses == images.labels).astype(int)
 
 
 def mcnemar(images: Images, first: Answers, other: Answers) -> dict[str, float]:
     """Return how many images only one model gets right, and p of McNemar's exact test, each by itself."""
-    gains = right(images, other) - right(images, first)
+    gains = is_right(images, other) - is_right(images, first)
     worse, better = int((gains < 0).sum()), int((gains > 0).sum())
     p = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
     return {"only_first_right": worse, "only_other_right": better, "p": float(p)}
 
 
 def swap_test(images: Images, first: Answers, other: Answers) -> float:
-    """Return p for equal accuracy: the models may be swapped in any group, not in any image. Exact.
+    """Return the exact p for equal accuracy, if models are swapped in whole groups, not in images.
 
     Under that hypothesis what a group gains has either sign, with even chances; the sum of all groups has the
     distribution computed here. Where every group is one image, this is McNemar's test.
     """
-    gains = right(images, other) - right(images, first)
+    gains = is_right(images, other) - is_right(images, first)
     steps = np.abs(np.bincount(images.group, gains)).astype(int)
     chances, total = np.ones(1), steps.sum()
     for step in steps[steps > 0]:

@@ -106,7 +106,7 @@ def find_runs(folders: list[str]) -> list[Run]:
     return [Run(name, Path(folder)) for name, folder in zip(names, folders, strict=True)]
 
 
-def share(runs: list[Run]) -> tuple[pd.DataFrame, dict[str, Any]]:
+def shared_images(runs: list[Run]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return file, label and group, int from 0, of the test images of all runs, by name, and counts.
 
     Raises SystemExit if there is none, a run has learned from one of another's, or their classes differ.
@@ -158,7 +158,7 @@ def same_data(runs: list[Run]) -> bool:
     )
 
 
-def number(labels: pd.Series, classes: list[str]) -> np.ndarray:
+def label_numbers(labels: pd.Series, classes: list[str]) -> np.ndarray:
     """Return the number of each label, int (n,)."""
     return labels.map({name: place for place, name in enumerate(classes)}).to_numpy()
 
@@ -166,4 +166,5 @@ def number(labels: pd.Series, classes: list[str]) -> np.ndarray:
 def answers_of(run: Run, names: pd.Index, classes: list[str]) -> Answers:
     """Return what a run answered to the images of these names."""
     table = run.tested.loc[names]
-    return Answers(number(table["prediction"], classes), table[probability_columns(classes)].to_numpy(float))
+    probabilities = table[probability_columns(classes)].to_numpy(float)
+    return Answers(label_numbers(table["prediction"], classes), probabilities)

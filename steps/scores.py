@@ -53,8 +53,9 @@ def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> 
     found = score_guesses(labels, guesses, group, probabilities.shape[1])
     found["ece"] = true_calibration_error(confidence, guesses == labels, group)
     mean_loss = mean_parts(losses(labels, probabilities), group)
-    basis = replace(basis_of(np.ones(len(labels)), group), images=1 / LEAST)  # a loss is no share
-    worst = -np.log(probabilities.min(1).clip(LEAST)).mean() if basis.count > 1 else -np.log(LEAST)
+    basis = basis_of(np.ones(len(labels)), group)
+    basis = replace(basis, effective_images=1 / LEAST)  # no limit: a loss is no share
+    worst = -np.log(probabilities.min(1).clip(LEAST)).mean() if basis.groups > 1 else -np.log(LEAST)
     found["log_loss"] = interval(*mean_loss, basis, (0.0, worst))
     return found | discriminate(labels, probabilities, group)["macro"]
 
@@ -98,7 +99,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def clustering(rest: np.ndarray, bins: np.ndarray, group: np.ndarray) -> float:
-    """Return how many times more `rest` varies within `bins` because images of a group are alike: 1 or more.
+    """Return how many times as much `rest` varies within `bins` since images of a group are alike: 1 or more.
 
     Arrays (n,). `rest` has a mean of 0 in each bin.
     """
@@ -115,12 +116,12 @@ def clustering(rest: np.ndarray, bins: np.ndarray, group: np.ndarray) -> float:
 def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     """Return {"value", "low", "high"} of the expected calibration error without what chance adds to it.
 
-    Arrays (n,). By chance alone a calibrated model measures 0.1 on 72 images, and a bootstrap adds as much
-    again. So a true error is assumed, spread over the bins like the measured one. Right answers are drawn
-    from it (Bröcker and Smith 2007, doi 10.1175/WAF993.1), as much correlated in groups as here. With
-    `value`, `low` and `high` the measured error is the median, the 97.5th and the 2.5th percentile of draws:
-    for `low` of draws that also move all bins together, and more so where groups are few; for `high` also of
-    draws without groups.
+    Arrays (n,). By chance alone a calibrated model's ECE is measured as 0.1 on 72 images, and a bootstrap
+    adds as much again. So a true error is assumed, spread over the bins like the measured one. Right answers
+    are drawn from it (Bröcker and Smith 2007, doi 10.1175/WAF993.1), as much correlated in groups as here.
+    With `value`, `low` and `high` the measured error is the median, the 97.5th and the 2.5th percentile of
+    draws: for `low` of draws that also move all bins together, and more so where groups are few; for `high`
+    also of draws without groups.
     """
     measured, n = calibration_error(confidence, right), len(right)
     group, gap = np.unique(groups, return_inverse=True)[1], right - confidence
@@ -129,7 +130,7 @@ def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np
     slope = total / size / max(measured, LEAST)
     within = clustering(gap - (total / size)[bins], bins, group)
     most = max(within, clustering(gap - gap.mean(), np.zeros(n, int), group))
-    most *= (scipy.special.stdtrit(max(basis.count - 1, 1), 0.975) / scipy.special.stdtrit(n, 0.975)) ** 2
+    most *= (scipy.special.stdtrit(max(basis.groups - 1, 1), 0.975) / scipy.special.stdtrit(n, 0.975)) ** 2
     noise = np.random.RandomState(0).normal(size=(1000, BINS + 1))
 
     def excess(error: float, share: float, together: float) -> float:
@@ -145,8 +146,8 @@ def true_calibration_error(confidence: np.ndarray, right: np.ndarray, groups: np
 
     value, low = solve(0.5, within), solve(0.975, most)
     high = max(solve(0.025, within), solve(0.025, 1.0))
-    unseen = 1 - 0.025 ** (1 / basis.groups)  # what as many groups may never show
-    low, high = (min(low, value), max(high, value, unseen)) if basis.count > 1 else (0.0, 1.0)
+    unseen = 1 - 0.025 ** (1 / basis.effective_groups)  # what as many groups may never show
+    low, high = (min(low, value), max(high, value, unseen)) if basis.groups > 1 else (0.0, 1.0)
     return {"value": value, "low": low, "high": high}
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from steps import use
 from steps.files import probability_columns, read_table
 from steps.compare import choose_folder, draw_comparisons, locate, notes
-from steps.runs import answers_of, find_runs, share
+from steps.runs import answers_of, find_runs, shared_images
 
 CLASSES = ["cecum", "polyp", "ulcer"]
 FILES = [f"{CLASSES[row % 3]}/{row:02}.jpg" for row in range(60)]
@@ -237,7 +237,7 @@ def test_other_classes_are_refused_and_another_order_is_not(runs, tmp_path):
 
     edit(runs[1] / "report" / "metrics.json", turn)
     one, other = found = find_runs([*map(str, runs)])
-    answers = answers_of(other, share(found)[0].index, one.classes)
+    answers = answers_of(other, shared_images(found)[0].index, one.classes)
     assert answers.guesses[:14].tolist() == [0, 1, 2] * 4 + [1, 2]  # in the order of the first run's classes
 
     for name in ("predictions.csv", "split.csv"):
@@ -285,7 +285,7 @@ def test_images_are_the_same_by_name_and_label_however_unicode_writes_them(tmp_p
 
     one, other = (make_run(tmp_path / form, change=rename(form)) for form in ("NFC", "NFD"))
     edit(other / "settings.json", lambda record: record["data"].update(files_sha256="another"))
-    shared, counts = share(find_runs([str(one), str(other)]))
+    shared, counts = shared_images(find_runs([str(one), str(other)]))
     assert shared["file"].tolist()[:4] == [*accented, FILES[3]]
     assert (counts["images"], counts["other_label"], counts["not_in_all"]) == (28, 1, 1)
     told = " ".join(notes(counts | {"comparisons": [1]}))
@@ -297,7 +297,7 @@ def test_images_are_the_same_by_name_and_label_however_unicode_writes_them(tmp_p
 def test_groups_of_all_runs_are_joined(tmp_path):
     one = make_run(tmp_path / "one")
     other = make_run(tmp_path / "other", change=lambda split: split.assign(group=(np.arange(60) + 1) // 4))
-    shared, counts = share(find_runs([str(one), str(other)]))
+    shared, counts = shared_images(find_runs([str(one), str(other)]))
     assert counts["groups"] == shared["group"].nunique() == 1  # 0 1, 1 2 3, 3 4, ... : a chain
     assert counts["near_learned"] == {"one": 30, "other": 30}
     told = " ".join(notes(counts | {"comparisons": [1]}))

@@ -316,7 +316,7 @@ def test_card_shows_warnings_as_plain_text_and_thresholds_of_two_classes(card_of
     del results["validation"]["macro_auroc"]  # of which one class has images
     text = card_of().text
     assert "- &#42;a&#42;&#124;b&#58; 2 images of 1 patient decide its recall" in text
-    row = "| specificity 0.95 | 0.432 | 0.800 (0.600 to 0.900) | 0.800 (0.600 to 0.900) |"
+    row = "| specificity of at least 0.95 | 0.432 | 0.800 (0.600 to 0.900) | 0.800 (0.600 to 0.900) |"
     assert row in text and "p&#42; is the positive class" in text
     assert "| macro AUROC | 0.876 (0.812 to 0.932) | – |" in text
 

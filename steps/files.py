@@ -1,6 +1,7 @@
 """Files that are whole or not there: they are written under a temporary name, then renamed."""
 
 import csv
+import filecmp
 import hashlib
 import json
 import os
@@ -27,7 +28,8 @@ PREFIX = "p_"  # of the columns of probabilities, so that no class can be called
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` only once the block has succeeded.
 
-    Under torchrun every process makes the same file, and only the main one's is kept.
+    A file that would stay the same is not touched. Under torchrun every process makes the same file, and only
+    the main one's is kept.
     """
     part = path.with_name(f".part{os.environ.get('RANK', '')}-{path.name}")
     remove(part)
@@ -37,7 +39,8 @@ def atomic(path: Path) -> Iterator[Path]:
         if part.is_file():
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # or a power cut could leave the new name without the content
-        if MAIN:
+        same = part.is_file() and path.is_file() and filecmp.cmp(part, path, shallow=False)
+        if MAIN and not same:
             os.replace(part, path)
     finally:
         remove(part)

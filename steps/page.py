@@ -51,18 +51,18 @@ def write_page(results: dict, predictions: pd.DataFrame, images: Dataset, work: 
     """
     results = {name: value for name, value in results.items() if name != "published"}  # comes after the page
     key, report = key_of(results, predictions, work.report), work.report
-    room = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     for name in ("index.html", "public.html"):
         path, private = report / name, name == "index.html"
         if not was_made_from(path, key):
-            content = results | numbers(results, predictions, report) | {"key": key, "private": private}
+            content = results | content_of(results, predictions, report) | {"key": key, "private": private}
             content["pictures"] = pictures(CHARTS | (GALLERIES if private else {}), report)
             if private:
                 content |= images_shown(predictions, images, work)
-            write_text(path, room.get_template("page.html").render(content))
+            write_text(path, templates.get_template("page.html").render(content))
     log.info("one page to look at: %s", report / "index.html")
 
 
@@ -92,20 +92,18 @@ def tests_of(predictions: pd.DataFrame, class_names: Iterable[str]) -> pd.DataFr
     return columns.assign(probability=certain, right=tested["label"] == tested["prediction"])
 
 
-def numbers(results: dict, predictions: pd.DataFrame, report: Path) -> dict:
+def content_of(results: dict, predictions: pd.DataFrame, report: Path) -> dict:
     """Return what the template needs beside `results`, without images and names of files."""
     names = list(results["per_class"])
     tested, base = tests_of(predictions, names), Path(results["settings"]["model_name_or_path"]).name
     data = KVASIR["name"] if results["data"]["kvasir"] else results["data"]["name"]
     certain = tested.sort_values("probability", ascending=False, kind="stable")
-    groups = read_table(report / "split.csv", ["file", "group"]).set_index("file")["group"]
     counts = confusion_matrix(tested["label"], tested["prediction"], labels=names)
     wrong = tested[~tested["right"]].groupby(["label", "prediction"]).size().rename("images").reset_index()
     wrong = wrong.sort_values("images", ascending=False, kind="stable")
     return {
         "title": f"{base} {results['made']} on {data}",
         "names": names,
-        "test_groups": len(set(lookup(groups, tested["file"]))),
         "matrix": counts.tolist() if len(names) <= MATRIX else None,
         "confusions": wrong[:LISTED].to_dict("records"),
         "more_confusions": max(0, len(wrong) - LISTED),

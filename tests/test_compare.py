@@ -302,7 +302,7 @@ def test_groups_of_all_runs_are_joined(tmp_path):
     assert counts["near_learned"] == {"one": 30, "other": 30}
     told = " ".join(notes(counts | {"comparisons": [1]}))
     assert "all images are of one group" in told
-    assert "30 of the images are of groups that one has learned other images of" in told
+    assert "30 images are in groups of which one has learned other images" in told
 
 
 @pytest.mark.parametrize("classes", [1, 70])

@@ -22,6 +22,15 @@ from steps.files import (
 )  # fmt: skip
 
 
+def test_a_file_that_would_stay_the_same_is_not_touched(tmp_path):
+    path = tmp_path / "a.csv"
+    for text, touched in (("one", True), ("one", False), ("two", True)):
+        before = path.stat().st_ino if path.exists() else None
+        write_text(path, text)
+        assert path.read_text() == text and (path.stat().st_ino != before) is touched
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_a_file_gets_its_name_once_it_is_whole(tmp_path):
     path = tmp_path / "new" / "a.txt"
     with atomic(path) as part:

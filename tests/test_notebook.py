@@ -138,9 +138,10 @@ def test_notebook_runs_on_the_sample(notebook, tmp_path):
     for picture in pictures:
         assert Image.open(io.BytesIO(picture)).width >= 800
     names = "training_curves confusion_matrix per_class reliability roc precision_recall mistakes attribution"
+    names += " label_issues"
     report = tmp_path / "model" / "report"
     drawn = [(report / f"{name}.png").read_bytes() for name in names.split()]
-    assert pictures[2:] == drawn and len(pictures) == 10  # the first two: examples as files, and prepared
+    assert pictures[2:] == drawn and len(pictures) == 11  # the first two: examples as files, and prepared
     text = "".join(output.get("text", "") for output in outputs(notebook))
     assert "epoch 1 of 1: training loss" in text and "test accuracy 0." in text
     results = json.loads((report / "metrics.json").read_text())

@@ -42,6 +42,7 @@ def results_of(predictions, names):
         for name in ("auroc", "average_precision") if row["n"] else ():
             row |= {name: 0.8125, f"{name}_low": 0.7125, f"{name}_high": 0.9125}
     split = {"by": "near-duplicates", "train": 140, "validation": 30, "test": len(predictions), "groups": 150}
+    split["test_groups"] = len(predictions)
     split |= {"near_duplicate_pairs": 60, "pairs_across_splits": 0, "pairs_across_test": 0}
     split |= {"conflicting_label_pairs": 3, "classes": {}}
     settings, training = read_settings(["--output_dir", "model"])

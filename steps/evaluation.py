@@ -122,7 +122,7 @@ def warnings_of(results: dict) -> list[str]:
     if split["test_groups"] < FEW:
         sentences.append(f"the test rests on {counted(split['test_groups'], unit)}: no interval is reliable")
     sentences += warnings_of_classes(results["per_class"], unit)
-    if accuracy["low"] <= by_chance["accuracy"]:
+    if accuracy["low"] <= by_chance["accuracy"] < 1:  # 1: the test has one class
         text = "accuracy {:.3f} is not clearly above the {:.3f} of always answering {}"
         sentences.append(text.format(accuracy["value"], by_chance["accuracy"], by_chance["class"]))
     if split["pairs_across_test"]:

@@ -306,6 +306,8 @@ def test_an_accuracy_that_the_most_frequent_class_reaches_is_said():
     results = doubtful({"b": (30, 10)})
     results["most_frequent"]["accuracy"] = 0.8
     assert warnings_of(results) == ["accuracy 0.900 is not clearly above the 0.800 of always answering many"]
+    results["most_frequent"]["accuracy"] = 1.0  # the test has no other class
+    assert warnings_of(results) == []
 
 
 def test_results_are_shown_with_their_warnings(caplog, capsys, measured):

@@ -116,6 +116,14 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X_Error_Message": text} | ({"X_Error_Code": code} if code else {})
         self.reply(status, {"error": text}, **headers)
 
+    def read_body(self, length):
+        self.body = self.rfile.read(length)
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            while size := int(self.rfile.readline(), 16):
+                self.body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+
     def answer(self):
         self.cut, length, address = None, int(self.headers.get("Content-Length") or 0), urlparse(self.path)
         self.query, path = parse_qs(address.query), unquote(address.path)
@@ -128,16 +136,11 @@ class Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return self.connection.close()
                 if fault.cut is None:
-                    self.rfile.read(length)
+                    self.read_body(length)  # or the client, still sending, may find the connection reset
                     self.close_connection = True
                     return self.refuse(fault.status, f"fault {fault.status}")
                 self.cut = fault.cut
-        self.body = self.rfile.read(length)
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            while size := int(self.rfile.readline(), 16):
-                self.body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
+        self.read_body(length)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.role = {WRITER: "write", READER: "read"}.get(token)
         if token and not self.role:

@@ -21,7 +21,8 @@ from .lettering import explain, fonts_for, letter
 from .options import TRAINING, Settings
 from .paired import Images, compare_recalls, compare_scores, mcnemar, score_parts, swap_test
 from .report import public
-from .runs import Run, answers_of, find_runs, label_numbers, shared_images
+from .runs import Run, answers_of, find_runs, shared_images
+from .scores import label_numbers
 from .workspace import DRIVE, MAY_DIFFER, keep_on_drive
 
 SEEDS = "this holds for these trained models; another seed makes another model: train each with a few seeds"

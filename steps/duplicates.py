@@ -50,6 +50,11 @@ def labelled(images: Dataset) -> pd.DataFrame:
     return pd.DataFrame({"file": images["file"][:], "label": names[images["label"][:]]})
 
 
+def conflicting(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return those of the pairs, see `find_pairs`, that carry two different labels."""
+    return pairs[pairs["label_a"] != pairs["label_b"]]
+
+
 def group_images(files: list[str], pairs: pd.DataFrame, patients: Sequence[str] = ()) -> pd.Series:
     """Return the group, int, of each of `files` (the index): what a chain of near-duplicates connects.
 
@@ -99,5 +104,5 @@ def count_pairs(scenes: Scenes, splits: DatasetDict) -> dict[str, int]:
         "near_duplicate_pairs": len(pairs),
         "pairs_across_splits": int((a != b).sum()),
         "pairs_across_test": int(((a == "test") != (b == "test")).sum()),
-        "conflicting_label_pairs": int((pairs["label_a"] != pairs["label_b"]).sum()),
+        "conflicting_label_pairs": len(conflicting(pairs)),
     }

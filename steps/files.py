@@ -39,8 +39,7 @@ def atomic(path: Path) -> Iterator[Path]:
         if part.is_file():
             with part.open("rb+") as file:
                 os.fsync(file.fileno())  # or a power cut could leave the new name without the content
-        same = part.is_file() and path.is_file() and filecmp.cmp(part, path, shallow=False)
-        if MAIN and not same:
+        if MAIN and not (part.is_file() and path.is_file() and filecmp.cmp(part, path, shallow=False)):
             os.replace(part, path)
     finally:
         remove(part)

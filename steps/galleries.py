@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from .architectures import pixel_shape
 from .attribution import attribute
-from .duplicates import Scenes
+from .duplicates import Scenes, conflicting
 from .files import probability_columns, read_table
 from .lettering import escape, explain, fonts_for, letter, shorten, width_of
 from .preprocess import pixels_of
@@ -43,7 +43,7 @@ def galleries(
         for name, rows in shown.items()
         if len(rows)
     }
-    conflicts = scenes.pairs[scenes.pairs["label_a"] != scenes.pairs["label_b"]]
+    conflicts = conflicting(scenes.pairs)
     if len(conflicts):
         drawn["label_conflicts.png"] = partial(draw_conflicts, conflicts[:12], images, trainer)
     path = Path(trainer.args.output_dir) / "report" / "label_issues.csv"

@@ -7,7 +7,7 @@ import pandas as pd
 from cleanlab.filter import find_label_issues as confident_learning
 
 from .console import log
-from .duplicates import Scenes
+from .duplicates import Scenes, conflicting
 from .files import PREFIX, read_table, remove, write_table
 from .workspace import Workspace
 
@@ -28,7 +28,7 @@ def find_label_issues(predictions: pd.DataFrame, scenes: Scenes, work: Workspace
     else:  # without validation images the test images stand there twice
         predictions = predictions[predictions["split"] != "train"].drop_duplicates("file", keep="last")
     known = predictions.set_index("file")[columns].rename(columns=lambda name: name.removeprefix(PREFIX))
-    differ = scenes.pairs[scenes.pairs["label_a"] != scenes.pairs["label_b"]]
+    differ = conflicting(scenes.pairs)
     looked_at = pd.concat([predictions["file"], differ["file_a"], differ["file_b"]]).unique()
     images = read_table(work.report / "split.csv", ["file", "label", "split"]).set_index("file")
     issues = rank_labels(images.loc[looked_at, ["split", "label"]], known, scenes.pairs)

@@ -18,9 +18,11 @@ from transformers import AutoImageProcessor
 
 from .architectures import pixel_shape, processor_of
 from .console import log
+from .duplicates import conflicting
 from .files import lookup, probability_columns, read_table, sha256_of, write_text
 from .load import KVASIR
 from .report import TEMPLATES, command_of
+from .scores import label_numbers
 from .workspace import Workspace
 
 MOST = 10_000  # test images with a thumbnail
@@ -132,20 +134,17 @@ def images_shown(predictions: pd.DataFrame, images: Dataset, work: Workspace) ->
     tested = tests_of(predictions, names)
     doubt = np.where(tested["right"], tested["probability"], -tested["probability"])
     tested = tested.iloc[np.argsort(doubt, kind="stable")]  # confident mistakes first, then unsure answers
-    number = {name: label for label, name in enumerate(names)}
     rows = {
         "files": tested["file"].tolist(),
-        "labels": tested["label"].map(number).tolist(),
-        "predictions": tested["prediction"].map(number).tolist(),
+        "labels": label_numbers(tested["label"], names).tolist(),
+        "predictions": label_numbers(tested["prediction"], names).tolist(),
         "probabilities": tested["probability"].round(4).tolist(),
         "groups": [int(group) for group in lookup(split["group"], tested["file"])],
     }
     known = set(images["file"])
     pairs = read_table(report / "near_duplicates.csv", ["file_a", "file_b", "label_a", "label_b"])
-    pairs = pairs[(pairs["label_a"] != pairs["label_b"]) & pairs["file_a"].isin(known)]
-    pairs = pairs[pairs["file_b"].isin(known)]
-    issues = report / "label_issues.csv"
-    issues = read_table(issues, ISSUES) if issues.exists() else pd.DataFrame(columns=ISSUES)
+    pairs = conflicting(pairs[pairs["file_a"].isin(known) & pairs["file_b"].isin(known)])
+    issues = read_table(report / "label_issues.csv", ISSUES)
     few = {side: lookup(split["split"], pairs[f"file_{side}"][:LISTED]) for side in "ab"}
     shape = pixel_shape(AutoImageProcessor.from_pretrained(processor_of(str(work.output_dir))))
     others = dict.fromkeys([*pairs["file_a"][:LISTED], *pairs["file_b"][:LISTED], *issues["file"][:LISTED]])

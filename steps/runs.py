@@ -16,6 +16,7 @@ from .console import listed, stop
 from .environment import same_value
 from .files import nfc, printable, probability_columns, read_json, read_table
 from .paired import Answers
+from .scores import label_numbers
 
 SAME_SPLIT = "give the report/split.csv of one as --metadata of the other, so that they have the same split"
 UNFIT = "run its command again; if an earlier version made it, train it anew in another --output_dir"
@@ -156,11 +157,6 @@ def same_data(runs: list[Run]) -> bool:
         len({record.get(key) for record in records}) == 1 and records[0].get(key)
         for key in ("archive_sha256", "files_sha256")
     )
-
-
-def label_numbers(labels: pd.Series, classes: list[str]) -> np.ndarray:
-    """Return the number of each label, int (n,)."""
-    return labels.map({name: place for place, name in enumerate(classes)}).to_numpy()
 
 
 def answers_of(run: Run, names: pd.Index, classes: list[str]) -> Answers:

@@ -62,9 +62,13 @@ def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> 
 
 def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the labels, int (n,), and the probabilities, float64 (n, classes), of a table of predictions."""
-    number = {name: label for label, name in enumerate(class_names)}
     probabilities = predictions[probability_columns(class_names)]
-    return predictions["label"].map(number).to_numpy(), probabilities.to_numpy(float)
+    return label_numbers(predictions["label"], class_names), probabilities.to_numpy(float)
+
+
+def label_numbers(labels: pd.Series, class_names: list[str]) -> np.ndarray:
+    """Return the number of each label (n,), int: its place in `class_names`."""
+    return labels.map({name: label for label, name in enumerate(class_names)}).to_numpy()
 
 
 def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) -> dict[str, dict]:

@@ -1,6 +1,5 @@
-"""Step 7: what the Trainer lacks: least steps, layer rates, a fitted head, a temperature, a log."""
+"""Step 7: what the Trainer lacks: layer rates, a fitted head, a temperature, a log."""
 
-import copy
 import signal
 import threading
 import time
@@ -26,24 +25,6 @@ from .scores import fit_temperature
 from .settings import images_per_step
 
 
-def for_trainer(training: TrainingArguments, images: int, min_steps: int) -> TrainingArguments:
-    """Return a copy for at least `min_steps` steps, if need be with fewer images per step, down to 1.
-
-    The learning rate stays. What a model learns from few images depends on the number of its steps. Our own
-    callbacks keep the checkpoints and draw the bars, so the Trainer's are off.
-    """
-    training, batch = copy.copy(training), training.per_device_train_batch_size
-    training.save_total_limit, training.disable_tqdm = None, True
-    if min_steps and training.max_steps <= 0:
-        most = max(1, int(images * training.num_train_epochs / min_steps))
-        most = 2 ** (most.bit_length() - 1)  # a power of two, as batches are
-        if most < images_per_step(training):
-            most //= images_per_step(training) // (batch * training.gradient_accumulation_steps)  # per device
-            training.per_device_train_batch_size = max(1, min(most, batch))
-            training.gradient_accumulation_steps = max(1, most // batch)
-    return training
-
-
 class EpochLog(TrainerCallback):
     """Show bars with the time left, a line and the speed of each epoch, and the epoch that was chosen.
 
@@ -61,6 +42,7 @@ class EpochLog(TrainerCallback):
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         start = args.resume_from_checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"
         where = f"{args.device} in {precision}, images per step: {images_per_step(args)}"
+        where += f", learning rate: {args.learning_rate:g}"
         log.info("training on %s, from %s", where, start if state.global_step else "the start")
         bar = {"total": state.max_steps, "initial": state.global_step, "unit": " steps", "leave": False}
         self.bar = progress(desc="train", **bar | self.quiet)

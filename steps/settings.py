@@ -1,6 +1,7 @@
 """Step 0: what a run does. Flags, a YAML file, a recipe and the hardware decide, the strongest first."""
 
 import argparse
+import copy
 import difflib
 import importlib.util
 import itertools
@@ -20,6 +21,8 @@ from .checks import HELP, UNFIT, check_settings, check_torchvision, check_traini
 from .console import stop
 from .environment import bear_lack_of_locks, keep_caches, meeting, plain_paths
 from .options import EXAMPLE, TRAINING, WORDS, Settings
+
+SMALL = 8  # images: so few per step need no lower rate, and one pass of so many keeps a CPU busy
 
 USAGE = "usage: python finetune_vit.py [--config FILE] [--SETTING VALUE ...]"
 
@@ -73,7 +76,7 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
     try:
         with meeting():
             settings, training, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-            prepare_training(training, recipe)
+            prepare_training(settings, training, recipe)
     except Exception as problem:  # of many kinds: the checks of TrainingArguments
         stop(problem, HELP)
     settings.arguments = without_token(arguments)
@@ -175,19 +178,44 @@ def without_token(arguments: list[str]) -> list[str]:
     return kept
 
 
-def prepare_training(training: TrainingArguments, recipe: dict[str, Any]) -> None:
-    """Set what is the same in every run, and the learning rate if none was given."""
+def prepare_training(settings: Settings, training: TrainingArguments, recipe: dict[str, Any]) -> None:
+    """Set what is the same in every run, and the recipe's learning rate if none was given."""
     if training.hub_token:  # where the Hub's client finds it, and no file of ours will hold it
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.remove_unused_columns = False  # the collator makes the model's inputs
     if str(training.resume_from_checkpoint).lower() == "true":  # as for the Trainer: the newest
         training.resume_from_checkpoint = None
     training.logging_nan_inf_filter = False  # a loss that is not finite must be seen
-    if training.learning_rate is None:  # square-root rule: Malladi et al. 2022, arXiv 2205.10287
-        ratio = max(images_per_step(training), 1) / recipe["per_device_train_batch_size"]
-        training.learning_rate = float(f"{recipe['learning_rate'] * math.sqrt(ratio):.3g}")
+    if training.learning_rate is None:
+        training.learning_rate = recipe["learning_rate"]
+        settings.rate_for = recipe["per_device_train_batch_size"]
 
 
 def images_per_step(training: TrainingArguments) -> int:
     """Return the number of images per update of the weights: all devices, all accumulated batches."""
     return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def for_trainer(training: TrainingArguments, images: int, settings: Settings) -> TrainingArguments:
+    """Return a copy with the images per step, and the learning rate, for so many training images.
+
+    What a model learns from few images depends on the number of its steps. So a step takes the largest power
+    of two that leaves at least `min_steps`, but not more than was asked for. The recipe's learning rate
+    follows the square root of the images per step (Malladi et al. 2022, arXiv 2205.10287), down to 8 of them.
+    Our own callbacks keep the checkpoints and draw the bars, so the Trainer's are off.
+    """
+    training, batch = copy.copy(training), training.per_device_train_batch_size
+    training.save_total_limit, training.disable_tqdm = None, True
+    if settings.min_steps and training.max_steps <= 0:
+        most = max(1, int(images * training.num_train_epochs / settings.min_steps))
+        most = min(2 ** (most.bit_length() - 1), images_per_step(training))
+        devices = images_per_step(training) // (batch * training.gradient_accumulation_steps)
+        each = max(1, most // devices)
+        batch = min(each, batch)
+        if training.device.type != "cuda" and batch % SMALL == 0:
+            batch = SMALL  # more at once are no faster, but may fill the memory
+        training.per_device_train_batch_size, training.gradient_accumulation_steps = batch, each // batch
+    if settings.rate_for:
+        rate = training.learning_rate * math.sqrt(max(images_per_step(training), SMALL) / settings.rate_for)
+        training.learning_rate = float(f"{rate:.3g}")
+    return training

@@ -16,9 +16,9 @@ from transformers import ViTImageProcessor
 from steps.duplicates import Scenes
 from steps.evaluation import cover_shortcuts, measure, predict, show_results, summarise, warnings_of
 from steps.files import write_json
-from steps.finetune import for_trainer
 from steps.preprocess import Collator
 from steps.scores import compute_metrics, truth_of
+from steps.settings import for_trainer
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def measured(tmp_path, tiny_vit):
     model, _ = story(**names, class_names=["a", "b", "c"])["make_model"](str(tiny_vit))
     trainer = transformers.Trainer(
         model=model,
-        args=for_trainer(training, 12, settings.min_steps),
+        args=for_trainer(training, 12, settings),
         train_dataset=part,
         eval_dataset=part,
         data_collator=Collator((3, 32, 32)),

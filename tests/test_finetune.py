@@ -21,9 +21,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from steps.finetune import chosen_epoch, fit_head, for_trainer, layerwise_optimizer, weighted_loss
+from steps.finetune import chosen_epoch, fit_head, layerwise_optimizer, weighted_loss
 from steps.scores import fit_temperature
-from steps.settings import images_per_step
+from steps.settings import for_trainer, images_per_step
 
 FIRST_IS_BEST = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # the loss only falls
 
@@ -241,7 +241,7 @@ def test_few_images_make_more_steps_at_the_same_cost_and_rate(start, flags, imag
 def test_the_arguments_that_were_given_stay_as_they_were(start, flags):
     run = start("model", "--num_train_epochs", "1", "--save_total_limit", "2", *flags)
     given, before, values = run.training, copy.deepcopy(vars(run.training)), run.training.to_dict()
-    changed = for_trainer(given, 42, run.settings.min_steps)
+    changed = for_trainer(given, 42, run.settings)
     assert changed is not given and (changed.save_total_limit, changed.disable_tqdm) == (None, True)
     assert given.to_dict() == values and vars(given).keys() == before.keys()
     assert (given.save_total_limit, given.disable_tqdm) == (2, False)

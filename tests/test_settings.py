@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import yaml
 from conftest import RECIPES, REPOSITORY, ROOT, read_settings, run_script
 
 from steps.options import EXAMPLE, TRAINING, WORDS, Settings
-from steps.settings import choose_precision, images_per_step, known_names, without_token
+from steps.settings import choose_precision, for_trainer, images_per_step, known_names, without_token
 
 
 def test_defaults_are_the_tutorials_data_and_model():
@@ -24,7 +25,7 @@ def test_defaults_are_the_tutorials_data_and_model():
     assert settings.model_name_or_path == "google/vit-base-patch16-224-in21k"
     assert (settings.test_size, settings.validation_size) == (0.15, 0.15)
     assert settings.split_by is None
-    assert (training.num_train_epochs, training.per_device_train_batch_size) == (4, 8)
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (4, 64)
     assert settings.min_steps == 300
     assert settings.linear_probe and settings.class_weights and settings.augment == "flip,turn"
     assert training.output_dir == "model" and training.load_best_model_at_end
@@ -161,7 +162,7 @@ def test_error_goes_to_standard_error_without_a_traceback():
 def test_help_explains_our_settings_with_defaults_and_hides_the_rest():
     text = " ".join(run_script("--help").stdout.split())
     for name in [*Settings.__annotations__, *TRAINING]:
-        if not name.startswith("ddp_") and name != "arguments":  # which is no flag
+        if not name.startswith("ddp_") and name not in ("arguments", "rate_for"):  # which are no flags
             assert re.search(rf"--{name} .+?\(default: .+?\)", text), name
     assert "--adam_beta1" not in text and "no_load_best" not in text and len(text) < 5000
     assert "--arguments" not in text
@@ -187,20 +188,36 @@ def test_precision_follows_the_hardware(monkeypatch, device_type, capability, am
 
 
 @pytest.mark.parametrize(
-    "flags, images, rate",
+    "flags, images, per_step, rate",
     [
-        ([], 8, 2e-5),
-        (["--per_device_train_batch_size", "32"], 32, 4e-5),
-        (["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8"], 64, 5.66e-5),
-        (["--recipe", "tutorial"], 16, 2e-5),
-        (["--recipe", "tutorial", "--per_device_train_batch_size", "64"], 64, 4e-5),
-        (["--per_device_train_batch_size", "64", "--learning_rate", "1e-4"], 64, 1e-4),
+        ([], 5600, 64, 5.66e-5),  # Kvasir v2: 350 steps; 74 per step would leave 300
+        ([], 4800, 64, 5.66e-5),
+        ([], 4799, 32, 4e-5),
+        ([], 1200, 16, 2.83e-5),
+        ([], 788, 8, 2e-5),
+        ([], 300, 4, 2e-5),  # no lower rate for less than 8
+        ([], 20, 1, 2e-5),
+        (["--num_train_epochs", "15"], 1200, 32, 4e-5),
+        (["--num_train_epochs", "15"], 10**6, 64, 5.66e-5),
+        (["--learning_rate", "1e-4"], 1200, 16, 1e-4),
+        (["--per_device_train_batch_size", "32"], 5600, 32, 4e-5),
+        (["--per_device_train_batch_size", "12"], 5600, 12, 2.45e-5),
+        (["--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "4"], 10**5, 128, 8e-5),
+        (["--max_steps", "20"], 20, 64, 5.66e-5),
+        (["--min_steps", "0"], 20, 64, 5.66e-5),
+        (["--recipe", "tutorial"], 20, 16, 2e-5),
+        (["--recipe", "tutorial", "--per_device_train_batch_size", "64"], 20, 64, 4e-5),
+        (["--per_device_train_batch_size", "64", "--learning_rate", "1e-4"], 9999, 64, 1e-4),
     ],
 )
-def test_learning_rate_follows_the_images_per_step(right_flags, flags, images, rate):
-    _, training = read_settings([*right_flags, *flags])
-    assert images_per_step(training) == images
-    assert training.learning_rate == rate
+def test_images_per_step_and_rate_follow_the_number_of_images(right_flags, flags, images, per_step, rate):
+    settings, given = read_settings([*right_flags, *flags])
+    training = for_trainer(given, images, settings)
+    assert (images_per_step(training), training.learning_rate) == (per_step, rate)
+    if settings.min_steps and training.max_steps <= 0:
+        assert training.per_device_train_batch_size == math.gcd(per_step, 8) or per_step == 12
+        least = images * training.num_train_epochs / per_step
+        assert per_step == 1 or least >= 300
 
 
 WORDS_OF_THE_ISSUE = {

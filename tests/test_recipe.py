@@ -60,6 +60,11 @@ def test_difference_is_paired_and_relative_to_the_tutorial():
     assert table["relative"]["better"] == pytest.approx(-fixed, abs=0.02)
     assert table["relative low"]["better"] < -fixed < table["relative high"]["better"] < 0
     assert table.loc["same", ["difference", "difference low", "difference high"]].tolist() == [0, 0, 0]
+    found = recipe.against_tutorial(results, labels, groups)
+    low, high = [float(end) for end in re.findall(r"[+-][\d.]+", found["macro_f1"]["better"])[1:]]
+    assert 0 < low < 0.2 * fixed < high  # one mistake in five is made
+    assert float(found["log_loss"]["better"].split()[0]) < 0
+    assert found["accuracy"]["same"].startswith("+0.000 (-")
 
 
 def test_the_interval_covers_the_luck_of_a_seed():

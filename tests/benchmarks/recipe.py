@@ -21,6 +21,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import datasets
@@ -44,6 +45,7 @@ from steps.finetune import fit_head
 from steps.load import load_folder
 from steps.preprocess import Collator, keep_readable, prepare_pixels
 from steps.counts import count, scores_of
+from steps.paired import Answers, Images, compare_scores, t_interval
 from steps.scores import calibration_error, fit_temperature
 from steps.split import deal
 from steps.use import load_classifier
@@ -52,6 +54,13 @@ from steps.workspace import versions
 TUTORIAL = ["--recipe", "tutorial", "--warmup_steps", "0.235"]  # its 500 of 2,125 steps, of shorter runs
 SMALL_STEPS = [*TUTORIAL, "--per_device_train_batch_size", "8"]
 ANY_STEPS = ["--min_steps", "0"]  # few images make few steps
+
+
+def of(images: int) -> list[str]:
+    """Return the flags for so many images per step at the rate of the rule, however few steps that makes."""
+    return [*ANY_STEPS, "--per_device_train_batch_size", str(images)]
+
+
 RUNS = {  # flags; what begins with + is done here, as it is no setting of the script
     "tutorial": TUTORIAL,
     "tutorial, 8 images a step": SMALL_STEPS,
@@ -64,24 +73,13 @@ RUNS = {  # flags; what begins with + is done here, as it is no setting of the s
     "default, no layer decay": ["--layer_decay", "1"],
     "default, no augmentation": ["--augment", ""],
     "default, no class weights": ["--class_weights", "false"],
-    "default, half the rate": ["--learning_rate", "1e-5"],
+    "default, half the rate": ["--learning_rate", "1e-5"],  # of 8 images per step, or fewer
     "default, 2.5 times the rate": ["--learning_rate", "5e-5"],
     "default, warm-up 0.1": ["--warmup_steps", "0.1"],
     "default, linear schedule": ["--lr_scheduler_type", "linear"],
-    "default, 8 images a step": ANY_STEPS,
-    "best, 8 images a step": ["--recipe", "best", *ANY_STEPS],
-    "default, 2 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "2", "--learning_rate", "2e-5"],
-    "default, 4 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "4"],
-    "default, 16 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "16"],
-    "default, 32 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "32"],
-    "default, 64 images a step": [*ANY_STEPS, "--per_device_train_batch_size", "64"],
-    "default, 32 images a step, same rate": [
-        *ANY_STEPS,
-        "--per_device_train_batch_size",
-        "32",
-        "--learning_rate",
-        "2e-5",
-    ],
+    "best, 8 images a step": ["--recipe", "best", *of(8)],
+    **{f"default, {count} images a step": of(count) for count in (2, 4, 8, 16, 32, 64)},
+    "default, 32 images a step, rate of 8": [*of(32), "--learning_rate", "2e-5"],
     "default, no probe, no class weights": ["--linear_probe", "false", "--class_weights", "false"],
     "default, crops": ["--augment", "flip,turn,crop"],
     "default, crops and colours": ["--augment", "flip,turn,crop,colour"],
@@ -252,18 +250,53 @@ def mix(trainer, cut: bool) -> None:
     trainer.compute_loss_func = loss
 
 
-def out_of_fold_calibration(parts: list, labels: np.ndarray) -> dict[str, float]:
-    """Return calibration error and log loss, each part's temperature fitted on the other parts."""
-    truths, probabilities = [], []
+def calibrated(parts: list, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and probabilities, each part's temperature fitted on the other parts."""
+    probabilities = []
     for part in parts:
         others = [other for other in parts if other is not part] or [part]
         rows, logits = (np.concatenate([other[i] for other in others]) for i in range(2))
         probabilities.append(softmax(part[1] / fit_temperature(logits, labels[rows]), axis=1))
-        truths.append(labels[part[0]])
-    truth, table = np.concatenate(truths), np.concatenate(probabilities)
-    right = table.argmax(1) == truth
-    loss = log_loss(truth, table, labels=range(table.shape[1]))
-    return {"ECE": calibration_error(table.max(1), right), "log loss": loss}
+    return np.concatenate([part[0] for part in parts]), np.concatenate(probabilities)
+
+
+def against_tutorial(results: dict, labels: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
+    """Return differences from the run `tutorial`, with 95 % intervals over groups, means of shared seeds.
+
+    For divisions into folds, which test each image once; `results` as for `summarise`. The intervals are
+    those of --compare; that of ECE is a jackknife over groups, without a group that was not seen.
+    """
+    table = {}
+    for run in results.keys() - {"tutorial"}:
+        differences = defaultdict(list)
+        for seed in sorted(results[run].keys() & results["tutorial"].keys()):
+            answers = []
+            for name in ("tutorial", run):
+                rows, probabilities = calibrated(results[name][seed], labels)
+                answers.append(Answers(probabilities.argmax(1), probabilities))
+            group = np.unique(groups[rows], return_inverse=True)[1]
+            images = Images(labels[rows], group, labels.max() + 1)
+            for metric, found in compare_scores(images, *answers).items():
+                differences[metric].append([*found.values()])
+            value, parts = np.subtract(*(ece_parts(images, one) for one in answers[::-1]))
+            differences["ece"].append([*t_interval((value, parts), 0.0, 1.0).values()])
+        for metric in ("macro_f1", "log_loss", "ece", "accuracy"):
+            value, low, high = np.mean(differences[metric], axis=0)
+            table.setdefault(run, {})[metric] = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+    return pd.DataFrame(table).T
+
+
+def ece_parts(images: Images, answers: Answers) -> np.ndarray:
+    """Return the calibration error and what each group adds to it, as an object array of these two."""
+    sure, right = answers.probabilities.max(1), answers.guesses == images.labels
+    value = calibration_error(sure, right)
+    without = [
+        calibration_error(sure[rest], right[rest])
+        for rest in images.group != np.arange(images.groups)[:, None]
+    ]
+    result = np.empty(2, object)
+    result[:] = value, (value - np.array(without)) * (images.groups - 1) / images.groups
+    return result
 
 
 def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int = 2000) -> pd.DataFrame:
@@ -286,7 +319,10 @@ def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int 
         scores = 1 - np.array([errors[run, seed][0] for seed in by_seed])
         table[run] = {"seeds": len(scores), "accuracy": np.mean(accuracy), "macro F1": scores.mean()}
         table[run]["sd"] = scores.std(ddof=1) if len(scores) > 1 else np.nan
-        table[run] |= out_of_fold_calibration([part for parts in by_seed.values() for part in parts], labels)
+        rows, probabilities = calibrated([part for parts in by_seed.values() for part in parts], labels)
+        sure, right = probabilities.max(1), probabilities.argmax(1) == labels[rows]
+        table[run]["ECE"] = calibration_error(sure, right)
+        table[run]["log loss"] = log_loss(labels[rows], probabilities, labels=range(classes))
         shared = sorted(by_seed.keys() & results.get("tutorial", {}).keys())
         if run != "tutorial" and shared:
             n = len(shared)
@@ -360,6 +396,9 @@ def main() -> None:
         results.setdefault(run, {}).setdefault(seed, []).append(part)
     print(f"\n{options.protocol}: {len(labels)} images, {len(np.unique(groups))} groups, {versions()}")
     print(summarise(results, labels, groups).sort_values("macro F1").round(3).to_string())
+    if options.protocol in ("groups", "scenes") and len(results) > 1 and "tutorial" in results:
+        print("\nminus tutorial, 95 % intervals over groups; less log loss and ECE is better")
+        print(against_tutorial(results, labels, groups).to_string())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in about five minutes of one: bash tests/benchmarks/gpu.sh FOLDER_FOR_LOGS
-# What fails or takes too long is left behind for the next.
+# All that wants a GPU, in nine minutes at most: bash tests/benchmarks/gpu.sh FOLDER_FOR_LOGS
+# What fails or takes too long is left behind for the next. The whole job at Kvasir's size is a call of its own,
+# of about eight minutes: python tests/benchmarks/whole_job.py --output FOLDER_FOR_LOGS/whole_job.json
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:?a folder for the logs}

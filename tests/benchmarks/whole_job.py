@@ -37,7 +37,7 @@ STEPS = {  # what the script says when a step has ended
     "evaluate": r"test accuracy",
     "report": r"model and model card:",
 }
-RUNS = ["", "--per_device_train_batch_size 64", "--recipe tutorial"]
+RUNS = ["", "--per_device_train_batch_size 8", "--recipe tutorial"]
 
 
 def run(flags: list[str], log: Path) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 A module imports only modules that stand before it in this list: console, files, options, columns, checks,
 environment, settings, architectures, workspace, archive_formats, archives, hubdata, download, suspects,
-layouts, tables, rows, image_formats, load, preprocess, landmarks, copies, duplicates, earlier, split, model,
-attribution, intervals, counts, discrimination, scores, checkpoints, finetune, lettering, curves, figures,
-galleries, report, evaluation, validation, label_issues, page, publish, paired, runs, compare, use.
+layouts, tables, rows, image_formats, load, preprocess, landmarks, nearest, copies, duplicates, earlier,
+split, model, attribution, intervals, counts, discrimination, scores, checkpoints, finetune, lettering,
+curves, figures, galleries, report, evaluation, validation, label_issues, page, publish, paired, runs,
+compare, use.
 """

@@ -14,7 +14,8 @@ from transformers import ViTImageProcessor
 
 from steps.copies import NEAR, Views, cut_cells, near_pairs
 from steps.duplicates import find_pairs, find_scenes, group_images
-from steps.landmarks import Landmarks, find_landmarks
+from steps import nearest
+from steps.landmarks import Landmarks, StoredLandmarks, find_landmarks
 from steps.preprocess import prepare_pixels
 
 
@@ -201,6 +202,58 @@ def test_distance_is_one_minus_the_correlation_without_the_mean_picture():
             1 - np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1],
             abs=2e-6 + 3e-4 * pairs[row, 32 + row] ** 0.5,
         )
+
+
+def drawn(kind):
+    """Vectors of whole numbers, float32 (900, 192), some of them without texture: all zeros."""
+    rng = np.random.default_rng(3)
+    strength = 1 / np.arange(1, 193) if kind != "noise" else 1
+    vectors = rng.normal(0, 1, (900, 192)) * strength
+    if kind == "alike":
+        vectors = vectors[0] + 0.05 * vectors
+    if kind == "copies":
+        vectors[300:] = vectors[rng.integers(0, 300, 600)]
+    if kind == "one":
+        vectors[1:] = vectors[0]
+    vectors[::50] = 0
+    return np.rint(4000 * vectors / np.linalg.norm(vectors, axis=1).clip(1e-6)[:, None]).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noise", "alike", "copies", "one"])
+@pytest.mark.parametrize("wanted", [(20, -1, np.not_equal), (100, 0.995, np.less), (5, 0.5, np.not_equal)])
+def test_most_alike_are_those_of_a_full_comparison(kind, wanted, monkeypatch):
+    """The same values in the same order, and of equal ones those of the lowest number."""
+    monkeypatch.setattr(nearest, "CHUNK", 64)  # many parts, as many pictures have
+    most, least, allowed = wanted
+    whole = drawn(kind)
+    length = np.linalg.norm(whole, axis=1).clip(1).astype(np.float32)
+    pictures = nearest.sketch_pictures(whole, length, nearest.leading_components(whole))
+    found = nearest.most_alike(pictures, pictures, nearest.Wanted(most, np.float32(least), allowed))
+    found = np.column_stack([np.concatenate(parts) for parts in zip(*found, strict=True)])
+    table, rows = whole @ whole.T / length[:, None] / length, np.arange(900)
+    good = allowed(rows[:, None], rows) & (table >= np.float32(least)) & whole.any(1) & whole.any(1)[:, None]
+    expected = []
+    for a in rows:
+        b = np.flatnonzero(good[a])
+        b = b[np.lexsort((b, -table[a, b]))][:most]
+        expected += [(a, other, table[a, other]) for other in b]
+    assert found[np.lexsort((found[:, 1], -found[:, 2], found[:, 0]))].tolist() == [
+        list(map(float, row)) for row in expected
+    ]
+
+
+def test_landmarks_in_a_file_are_those_put_in_and_leave_no_file(tmp_path):
+    stored = StoredLandmarks(tmp_path)
+    pictures = [find_landmarks(textured(0)), find_landmarks(np.zeros((224, 224, 3), np.uint8))]
+    for picture in pictures[::-1] + pictures:
+        stored.append(picture)
+    for row, picture in enumerate(pictures[::-1] + pictures):
+        assert np.array_equal(stored[row].points, picture.points)
+        assert np.array_equal(stored[row].descriptors, picture.descriptors)
+    assert len(stored) == 4 and not [*tmp_path.iterdir()]
+    empty = StoredLandmarks(tmp_path)
+    empty.append(pictures[1])
+    assert len(empty[0].points) == 0
 
 
 def test_three_thousand_images_take_seconds():

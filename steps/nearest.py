@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-LEADING = 24  # components that a first comparison looks at
+LEADING = 40  # components that a first comparison looks at
 BLOCK, CHUNK = 256, 2048  # pictures that are compared with how many at once: the table fits in a cache
 SLACK = 1e-5  # what rounding may take from a bound
 
@@ -81,7 +81,8 @@ def search_block(start: int, first: Pictures, second: Pictures, wanted: Wanted) 
             alike = np.einsum("ij,ij->i", whole[a], second.whole[b]) / length[a, 0] / second.length[b]
         else:
             table = whole @ second.whole[chunk].T / length / second.length[chunk]
-            best.raise_floor(table, second.rows[chunk])
+            if len(hits) == bound.size:  # nothing is known of these pictures yet
+                best.raise_floor(table, second.rows[chunk])
             a, b = np.divmod(np.flatnonzero(table >= best.floor), bound.shape[1])
             alike = table[a, b]
             b += chunk.start

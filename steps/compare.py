@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 
 from .console import NOTEBOOK, listed, log, show, show_picture, stop
 from .environment import can_write, same_value
-from .figures import BLUE, MOST
+from .figures import BLUE
 from .files import atomic, probability_columns, write_json, write_table
 from .lettering import explain, fonts_for, letter
-from .options import TRAINING, Settings
+from .options import SHOWN, TRAINING, Settings
 from .paired import Images, compare_recalls, compare_scores, mcnemar, score_parts, swap_test
 from .report import public
 from .runs import Run, answers_of, find_runs, shared_images
@@ -207,9 +207,9 @@ def draw_comparisons(comparisons: list[dict]) -> Figure:
 
 
 def most_different(recalls: dict[str, dict]) -> list[str]:
-    """Return the classes, in their order; of more than MOST, those whose recalls differ most."""
+    """Return the classes, in their order; of more than SHOWN, those whose recalls differ most."""
     sizes = np.array([-abs(recall["value"]) for recall in recalls.values()])
-    return [[*recalls][place] for place in np.sort(sizes.argsort(kind="stable")[:MOST])]
+    return [[*recalls][place] for place in np.sort(sizes.argsort(kind="stable")[:SHOWN])]
 
 
 def draw_comparison(axes: dict[str, Axes], one: dict, shown: dict[str, str]) -> None:
@@ -224,7 +224,7 @@ def draw_comparison(axes: dict[str, Axes], one: dict, shown: dict[str, str]) -> 
     recalls = pd.DataFrame({name: one["recalls"][name] for name in names}).T
     recalls = recalls.astype({"n": int, "groups": int})
     recalls.index = [f"{shown[row.Index]} ({row.n}, {row.groups})" for row in recalls.itertuples()]
-    only = f"; {MOST} of {count:,} classes, that differ most" if count > MOST else ""
+    only = f"; {SHOWN} of {count:,} classes, that differ most" if count > SHOWN else ""
     draw_differences(axes["recalls"], recalls, f"difference in recall\nin brackets: images, groups{only}")
 
 

@@ -37,6 +37,15 @@ def scores_of(hits: np.ndarray, true: np.ndarray, guessed: np.ndarray) -> pd.Dat
     return pd.DataFrame(table)[[*METRICS]]
 
 
+def scores_with(tables: list[np.ndarray], more: float) -> pd.DataFrame:
+    """Return METRICS, a row per group, as if its images counted by `more` more; `tables` are of `count`."""
+    total, blocks = [table.sum(0) for table in tables], []
+    for first in range(0, len(tables[0]), BLOCK):
+        pairs = zip(total, tables, strict=True)
+        blocks.append(scores_of(*[row + more * table[first : first + BLOCK] for row, table in pairs]))
+    return pd.concat(blocks, ignore_index=True)
+
+
 def score_guesses(
     labels: np.ndarray, guesses: np.ndarray, group: np.ndarray, classes: int
 ) -> dict[str, dict]:
@@ -48,16 +57,8 @@ def score_guesses(
     tables = count(labels, guesses, group, classes)
     total = [table.sum(0) for table in tables]
     values = scores_of(*[row[None] for row in total]).iloc[0]
-    heavier = [
-        scores_of(
-            *[row + STEP * table[first : first + BLOCK] for row, table in zip(total, tables, strict=True)]
-        )
-        for first in range(0, len(tables[0]), BLOCK)
-    ]
-    parts, worse, better = (
-        (pd.concat(heavier) - values) / STEP,
-        *scores_at_ends(labels, guesses, group, classes),
-    )
+    parts = (scores_with(tables, STEP) - values) / STEP
+    worse, better = scores_at_ends(labels, guesses, group, classes)
     alone, macro = (basis_of(weights, group) for weights in (np.ones(len(labels)), macro_weights(labels)))
     found = {}
     for name in METRICS:

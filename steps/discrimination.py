@@ -3,64 +3,94 @@
 from dataclasses import replace
 
 import numpy as np
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 
 from .intervals import Basis, basis_of, macro_weights, interval, share_interval
 
 WANTED = (0.9, 0.95)  # of each, specificity and sensitivity: see `operating_points`
+BLOCK = 1_000_000  # probabilities that are ranked at once: each takes 100 bytes
 
 
-def auroc_parts(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return what each image adds to the error of the AUROC, float64 (n,): its derivative by the weights.
+def rank(labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray) -> dict[str, tuple]:
+    """Return {"auroc" and "average_precision": (values, parts)} of each class with images, against the rest.
 
-    A positive image counts with the share of negatives that it beats, a negative one with the share of
-    positives that beat it (DeLong et al. 1988; over groups, Obuchowski 1997). `positive` is bool (n,).
+    `values` is float64 (classes with images,). `parts` is what each group adds to their error, float64
+    (classes with images, groups). `labels` and `group` are int (n,), `probabilities` (n, classes). Two
+    classes or more must have images.
     """
-    ranks, beaten = rankdata(scores), np.empty(len(scores))
-    beaten[positive] = (ranks[positive] - rankdata(scores[positive])) / (~positive).sum()
-    beaten[~positive] = 1 - (ranks[~positive] - rankdata(scores[~positive])) / positive.sum()
-    return (beaten - beaten[positive].mean()) / np.where(positive, positive.sum(), (~positive).sum())
+    seen, blocks = np.unique(labels), []
+    size = max(1, BLOCK // len(labels))
+    for some in np.split(seen, range(size, len(seen), size)):
+        blocks.append(rank_block(labels == some[:, None], probabilities[:, some].T, group))
+    return {
+        name: tuple(np.concatenate(found) for found in zip(*(block[name] for block in blocks), strict=True))
+        for name in blocks[0]
+    }
 
 
-def average_precision_parts(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return what each image adds to the error of the average precision, float64 (n,), as `auroc_parts`.
+def rank_block(positive: np.ndarray, scores: np.ndarray, group: np.ndarray) -> dict[str, tuple]:
+    """Return what `rank` does, of some classes: `positive`, bool, and `scores` are (classes, n).
+
+    Each row is sorted once. Of an image only this counts: how many positive and how many negative ones score
+    less than it, and how many as much.
+    """
+    rows, order = np.arange(len(scores))[:, None], np.argsort(scores, axis=1)
+    scores, positive = scores[rows, order], positive[rows, order]
+    first, last = ends_of_ties(scores)
+    groups = group.max() + 1
+    places, found = (rows * groups + group[order]).ravel(), {}
+    for name, parts_of in (("auroc", auroc_parts), ("average_precision", average_precision_parts)):
+        values, parts = parts_of(positive, first, last)
+        found[name] = values, np.bincount(places, parts.ravel(), len(rows) * groups).reshape(len(rows), -1)
+    return found
+
+
+def ends_of_ties(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the run of equal scores begins and where it ends, at each place of rising rows, int."""
+    place, new = np.arange(scores.shape[1]), np.diff(scores, axis=1) != 0
+    edge = np.ones((len(scores), 1), bool)
+    first = np.maximum.accumulate(np.where(np.hstack([edge, new]), place, 0), axis=1)
+    last = np.where(np.hstack([new, edge]), place, place[-1])[:, ::-1]
+    return first, np.minimum.accumulate(last, axis=1)[:, ::-1]
+
+
+def auroc_parts(positive: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the AUROC of each row (rows,), and what each image adds to its error: float64 (rows, n).
+
+    That is its derivative by the image's weight. A positive image counts with the share of negatives that it
+    beats, a negative one with the share of positives that beat it (DeLong et al. 1988; over groups,
+    Obuchowski 1997). The images are in rising order of their scores; for the others see `ends_of_ties`.
+    """
+    upto = np.cumsum(positive, axis=1)
+    below = np.take_along_axis(upto - positive, first, axis=1)
+    equal = np.take_along_axis(upto, last, axis=1) - below
+    count = upto[:, -1:]
+    others = positive.shape[1] - count
+    beaten = np.where(
+        positive,
+        (first - below + (last - first + 1 - equal) / 2) / others,
+        (count - below - equal / 2) / count,
+    )
+    values = (beaten * positive).sum(1) / count[:, 0]
+    return values, (beaten - values[:, None]) / np.where(positive, count, others)
+
+
+def average_precision_parts(
+    positive: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the average precision of each row, and what each image adds to its error, see `auroc_parts`.
 
     The precision at the score of a positive image depends on all images that score as high: an image adds
     to those of the positive ones below it, and to its own.
     """
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # of equal scores
-    block, right = np.searchsorted(last, np.arange(len(order))), positive[order].astype(float)
-    n = last[block] + 1.0
-    precision = right.cumsum()[last[block]] / n
-
-    def below(values: np.ndarray) -> np.ndarray:
-        return values[::-1].cumsum()[::-1][np.append(0, last + 1)[block]]
-
-    own = right * (precision - precision @ right / right.sum())
-    parts = np.empty(len(order))
-    parts[order] = own + right * below(right / n) - below(right * precision / n)
-    return parts / right.sum()
-
-
-SCORES = {
-    "auroc": (roc_auc_score, auroc_parts),
-    "average_precision": (average_precision_score, average_precision_parts),
-}
-
-
-def rank_parts(
-    labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the AUROC or average precision (`name`) of each class with images, against the rest: (classes,).
-
-    And what each group adds to its error, float64 (classes, groups). Two classes or more must have images.
-    """
-    value_of, parts_of = SCORES[name]
-    sides = [(labels == label, probabilities[:, label]) for label in np.unique(labels)]
-    parts = [np.bincount(group, parts_of(*side)) for side in sides]
-    return np.array([value_of(*side) for side in sides]), np.array(parts)
+    upto = np.cumsum(positive, axis=1)
+    count, above = upto[:, -1:], positive.shape[1] - first  # images that score as high or higher
+    precision = (count - np.take_along_axis(upto - positive, first, axis=1)) / above
+    values = (positive * precision).sum(1) / count[:, 0]
+    gained, lost = (np.cumsum(positive * share / above, axis=1) for share in (1, precision))
+    parts = positive * (precision - values[:, None] + np.take_along_axis(gained, last, axis=1))
+    parts -= np.take_along_axis(lost, last, axis=1)
+    return values, parts / count
 
 
 def discriminate(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> dict:
@@ -75,8 +105,7 @@ def discriminate(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarr
         return {"macro": {}}
     found, macro = {label: {} for label in seen}, {}
     whole = basis_of(macro_weights(labels), group)
-    for name in SCORES:
-        values, parts = rank_parts(labels, probabilities, group, name)
+    for name, (values, parts) in rank(labels, probabilities, group).items():
         for label, value, part in zip(seen, values, parts, strict=True):
             found[label][name] = interval(value, part, basis_of_class(labels == label, group, name))
         score = interval(values.mean(), parts.mean(0), by_rank(whole) if name == "auroc" else whole)

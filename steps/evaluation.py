@@ -13,20 +13,20 @@ from transformers import Trainer, TrainingArguments
 
 from .architectures import pixel_shape
 from .console import listed, log, show
-from .discrimination import operating_points
+from .discrimination import discriminate, operating_points
 from .duplicates import Scenes, count_pairs
 from .files import probability_columns, read_json, read_table, write_json, write_table
 from .finetune import chosen_epoch, save_metrics
 from .load import count_classes
 from .report import public
-from .scores import calibration, score, score_classes, truth_of
+from .scores import calibration, score, score_classes, truth_of, worst_classes
 from .settings import images_per_step
 from .split import SPLITS, split_rule
 from .workspace import versions
 
 FEW = 10  # groups: a class that rests on fewer is named
-SHOWN = ["precision", "recall", "recall_low", "recall_high", "specificity", "f1"]  # of a class, on the screen
-SHOWN += ["auroc", "average_precision", "n", "groups"]
+# Of a class, on the screen.
+COLUMNS = "precision recall recall_low recall_high specificity f1 auroc average_precision n groups".split()
 
 
 def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path) -> pd.DataFrame:
@@ -102,8 +102,9 @@ def measure(parts: dict[str, pd.DataFrame], scenes: Scenes, class_names: list[st
     For two classes also "operating_points".
     """
     tables = {name: parts[name] for name in reversed(SPLITS) if name in parts}
-    results = {name: score_split(table, scenes, class_names) for name, table in tables.items()}
-    results["per_class"] = score_classes(parts["test"], scenes.groups, class_names)
+    scored = {name: score_split(table, scenes, class_names) for name, table in tables.items()}
+    results = {name: scores for name, (scores, _) in scored.items()}
+    results["per_class"] = scored["test"][1]
     most = max(class_names, key=lambda name: results["per_class"][name]["n"])
     share = results["per_class"][most]["n"] / len(parts["test"])
     results["most_frequent"] = {"class": most, "accuracy": share}
@@ -146,8 +147,8 @@ def warnings_of_classes(per_class: dict[str, dict], unit: str) -> list[str]:
     ]
     if len(few) > 3:
         shown = listed([f"{name} ({what})" for name, what in zip(few, basis, strict=True)], 3)
-        text = f"{len(few)} of {len(per_class)} classes rest on fewer than {FEW} {unit}s in the test: {shown}"
-        return [*sentences, text]
+        text = f"{len(few):,} of {len(per_class):,} classes rest on fewer than {FEW} {unit}s in the test"
+        return [*sentences, f"{text}: {shown}"]
     for name, what in zip(few, basis, strict=True):
         sentences.append(f"{name}: {what} {'decides' if tested[name]['n'] == 1 else 'decide'} its recall")
     return sentences
@@ -165,9 +166,12 @@ def describe_device(training: TrainingArguments) -> str:
     return f"{device}, {os.cpu_count()} CPU cores" + (f", {processes} processes" if processes > 1 else "")
 
 
-def score_split(predictions: pd.DataFrame, scenes: Scenes, class_names: list[str]) -> dict[str, dict]:
-    """Return the scores of one split, see `score`."""
-    return score(*truth_of(predictions, class_names), scenes.groups[predictions["file"]].to_numpy())
+def score_split(predictions: pd.DataFrame, scenes: Scenes, class_names: list[str]) -> tuple[dict, dict]:
+    """Return the scores of one split, see `score` and `discriminate`, and `score_classes` of it."""
+    truth = *truth_of(predictions, class_names), scenes.groups[predictions["file"]].to_numpy()
+    ranks = discriminate(*truth)
+    of_classes = score_classes(predictions, scenes.groups, class_names, ranks)
+    return score(*truth) | ranks["macro"], of_classes
 
 
 def cover_shortcuts(trainer: Trainer, test: Dataset) -> dict[str, dict[str, float]]:
@@ -227,7 +231,11 @@ def show_results(results: dict) -> None:
     scores = pd.DataFrame({name: results[name] for name in SPLITS if name in results})
     show(scores.map(lambda score: round(score["value"], 3), na_action="ignore"))
     classes = pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int, "groups": "Int64"})
-    show(classes[[name for name in SHOWN if name in classes]])
+    worst, columns = worst_classes(results["per_class"]), [name for name in COLUMNS if name in classes]
+    title = (
+        f"the worst of {len(classes):,} classes (metrics.json: all)" if len(worst) < len(classes) else None
+    )
+    show(classes.loc[worst, columns].rename_axis(title))
     show(pd.DataFrame(results["shortcuts"]).T.round(3).rename_axis("test images, painted black:"))
     notes = {
         "accuracy": "; always answering {class}: {accuracy:.3f}".format(**results["most_frequent"]),

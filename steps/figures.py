@@ -11,9 +11,9 @@ from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from .curves import COLOURS, PRECISION_RECALL, ROC, draw_curves
 from .lettering import explain, letter
-from .scores import BINS, temper, truth_of
+from .options import SHOWN
+from .scores import BINS, confusions, temper, truth_of, worst_classes
 
-MOST = 60  # classes that a chart has room to name
 ENOUGH = 5  # images in a bin of probabilities; the share of fewer is drawn faint
 BLUE, ORANGE = COLOURS[:2]
 
@@ -24,7 +24,7 @@ def charts(results: dict, predictions: pd.DataFrame, history: list[dict]) -> dic
     truth = truth_of(tested, names)
     curves = {"training_curves.png": partial(draw_training_curves, history)}
     drawn = (curves if results["made"] == "fine-tuned" else {}) | {
-        "confusion_matrix.png": partial(draw_confusion_matrix, tested, names),
+        "confusion_matrix.png": partial(draw_confusions, tested, names),
         "per_class.png": partial(draw_class_bars, results["per_class"]),
         "reliability.png": partial(draw_reliability, *truth, results["calibration"]),
     }
@@ -34,34 +34,52 @@ def charts(results: dict, predictions: pd.DataFrame, history: list[dict]) -> dic
     return drawn
 
 
-def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
-    """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class.
+def draw_confusions(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
+    """Draw which classes are taken for which: a matrix of up to SHOWN, else the most frequent pairs."""
+    if len(class_names) > SHOWN:
+        return draw_confused_pairs(predictions, class_names)
+    return draw_confusion_matrix(predictions, class_names)
 
-    Of more than MOST classes only colours, and a number here and there.
-    """
+
+def draw_confusion_matrix(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
+    """Draw the counts of `predictions` and, for up to 12 classes, their share of the true class."""
     counts = confusion_matrix(predictions["label"], predictions["prediction"], labels=class_names)
     shares, few = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), len(class_names) <= 12
-    many, shown = len(class_names) > MOST, letter(class_names)
-    size = 3.2 + (0.7 if few else 0.36) * min(len(class_names), MOST)
+    shown, size = letter(class_names), 3.2 + (0.7 if few else 0.36) * len(class_names)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    ticks = range(0, len(class_names), -(-len(class_names) // MOST))
-    names = [str(tick) if many else shown[class_names[tick]] for tick in ticks]
+    axes, names = figure.subplots(), [shown[name] for name in class_names]
     display = ConfusionMatrixDisplay(shares)
-    colours = {"vmin": 0, "vmax": 1}
-    display.plot(ax=axes, cmap="Blues", im_kw=colours, colorbar=False, include_values=not many)
-    axes.set_yticks(ticks, names)
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
-    note = ", by its number in config.json" if many else ""
-    axes.set(xlabel=f"predicted class{note}", ylabel=f"true class{note}")
-    axes.set_title(f"{counts.sum():,} test images")
-    for place, text in np.ndenumerate(display.text_) if not many else ():
+    display.plot(ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, colorbar=False)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{counts.sum():,} test images")
+    for place, text in np.ndenumerate(display.text_):
         share = f"\n{shares[place]:.0%}" if few else ""
         text.set(text=f"{counts[place]:,}{share}", fontsize=10 if few else 8)
         if not counts[place]:
             text.remove()
     figure.colorbar(display.im_, ax=axes, label="share of the true class", shrink=0.8)
-    explain(figure, () if many else class_names, shown)
+    explain(figure, class_names, shown)
+    return figure
+
+
+def draw_confused_pairs(predictions: pd.DataFrame, class_names: list[str]) -> Figure:
+    """Draw the SHOWN most frequent confusions: the share of the true class, and beside it the images."""
+    pairs, shown = confusions(predictions), letter(class_names)
+    top, wrong = pairs[:SHOWN][::-1], pairs["images"].sum()
+    figure = Figure(figsize=(10, 1.2 + 0.24 * max(1, len(top))), layout="constrained")
+    axes, rows = figure.subplots(), range(len(top))
+    axes.barh(rows, top["share"], color=BLUE, alpha=0.5)
+    for row, images in zip(rows, top["images"], strict=True):
+        axes.text(0.01, row, f"{images:,}", va="center", fontsize=8)
+    names = zip(top["label"], top["prediction"], strict=True)
+    axes.set_yticks(rows, [f"{shown[label]} → {shown[guess]}" for label, guess in names], fontsize=8)
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(top) - 0.4), xlabel="share of the true class; the number: images")
+    title = f"true class → predicted: the {len(top)} most frequent of {len(pairs):,} confusions\n"
+    title += f"{top['images'].sum():,} of {wrong:,} wrong answers for {len(predictions):,} test images"
+    figure.suptitle(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    explain(figure, [*top["label"], *top["prediction"]], shown)
     return figure
 
 
@@ -99,15 +117,11 @@ def floor_of(axes: Axes) -> float:
 def draw_class_bars(per_class: dict[str, dict]) -> Figure:
     """Draw the recall of each class that was tested, with its 95 % interval, and its precision.
 
-    Of more than MOST classes, those of the lowest recall.
+    Of more than SHOWN classes, those of the lowest recall.
     """
-    table = pd.DataFrame({name: row for name, row in per_class.items() if row["n"]}).T
-    shown = letter([*per_class])
-    lowest = np.sort(table["recall"].argsort(kind="stable")[:MOST])
-    only = f"; the {MOST} of {len(table):,} classes with the lowest recall" if len(table) > MOST else ""
-    table = table.iloc[lowest][::-1]
-    names = table.index
-    table.index = [f"{shown[name]} ({row['n']:.0f})" for name, row in table.iterrows()]
+    names, shown = [name for name in worst_classes(per_class) if per_class[name]["n"]], letter([*per_class])
+    table = pd.DataFrame({name: per_class[name] for name in names}).T[::-1]
+    table.index = [f"{shown[name]} ({row['n']:,.0f})" for name, row in table.iterrows()]
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(table)), layout="constrained")
     axes, recall = figure.subplots(), table["recall"]
     axes.barh(table.index, recall, color=BLUE, alpha=0.5, label="recall (sensitivity)")
@@ -116,10 +130,12 @@ def draw_class_bars(per_class: dict[str, dict]) -> Figure:
     axes.errorbar(recall, table.index, xerr=reach, clip_on=False, **bars)
     marks = {"color": ORANGE, "markersize": 5, "clip_on": False}
     axes.plot(table["precision"], table.index, "D", label="precision", **marks)
-    axes.set(xlim=(0, 1), xlabel=f"share; in brackets: test images of the class{only}")
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(table) - 0.4), xlabel="share; in brackets: images of the class")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=3)
-    explain(figure, names[::-1], shown)
+    tested = sum(row["n"] > 0 for row in per_class.values())
+    only = f"the {SHOWN} of {tested:,} classes with the lowest recall" if tested > len(names) else None
+    figure.legend(loc="outside upper center", ncols=3, title=only)
+    explain(figure, names, shown)
     return figure
 
 

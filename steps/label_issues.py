@@ -38,7 +38,7 @@ def find_label_issues(predictions: pd.DataFrame, scenes: Scenes, work: Workspace
         remove(path.with_suffix(".png"))
     confident = int(issues["why"].str.startswith(SURE).sum())
     text = "labels in doubt, by %s: %s of %s images, %s of them by confident learning; see %s"
-    log.info(text, source, len(issues), f"{len(looked_at):,}", confident, path)
+    log.info(text, source, f"{len(issues):,}", f"{len(looked_at):,}", f"{confident:,}", path)
     return {"images": len(looked_at), "listed": len(issues), "confident": confident, "from": source}
 
 

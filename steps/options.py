@@ -8,6 +8,7 @@ VIT_BASE = "google/vit-base-patch16-224-in21k"
 AUGMENTATIONS = ("flip", "turn", "crop", "colour")
 METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 METRICS += ("weighted_precision", "weighted_recall", "weighted_f1", "mcc")
+SHOWN = 40  # classes in a table or picture; of more, the ones that matter most
 
 
 def setting(default: Any, help: str, metavar: str = "") -> Any:

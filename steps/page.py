@@ -22,18 +22,17 @@ from .duplicates import conflicting
 from .files import lookup, probability_columns, read_table, sha256_of, write_text
 from .load import KVASIR
 from .report import TEMPLATES, command_of
-from .scores import label_numbers
+from .options import SHOWN
+from .scores import confusions, label_numbers
 from .workspace import Workspace
 
 MOST = 10_000  # test images with a thumbnail
 MOST_BYTES = 38_000_000  # of the test images' thumbnails; as text in the page they take a third more
 FEW, LARGE, SMALL = 2_000, 192, 96  # up to so many images the longer side has LARGE pixels, else SMALL
-MATRIX = 30  # classes that a confusion matrix has room for; of more, the most frequent confusions
 LISTED = 100  # rows of the other lists; the CSV files beside the page have all
 STATIC = 24  # test images that are there without JavaScript, too
 CHARTS = {  # they show no image
     "per_class.png": "Recall and precision of each class",
-    "confusion_matrix.png": "Confusion matrix",
     "roc.png": "ROC curves",
     "precision_recall.png": "Precision-recall curves",
     "reliability.png": "Reliability, and accuracy by coverage",
@@ -57,14 +56,14 @@ def write_page(results: dict, predictions: pd.DataFrame, images: Dataset, work: 
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    for name in ("index.html", "public.html"):
-        path, private = report / name, name == "index.html"
-        if not was_made_from(path, key):
-            content = results | content_of(results, predictions, report) | {"key": key, "private": private}
-            content["pictures"] = pictures(CHARTS | (GALLERIES if private else {}), report)
-            if private:
-                content |= images_shown(predictions, images, work)
-            write_text(path, templates.get_template("page.html").render(content))
+    stale = [name for name in ("index.html", "public.html") if not was_made_from(report / name, key)]
+    shared = results | content_of(results, predictions, report) | {"key": key} if stale else {}
+    for name in stale:
+        private = name == "index.html"
+        content = shared | {"pictures": pictures(CHARTS | (GALLERIES if private else {}), report)}
+        content |= images_shown(predictions, images, work) if private else {}
+        page = templates.get_template("page.html").render(content | {"private": private})
+        write_text(report / name, page)
     log.info("one page to look at: %s", report / "index.html")
 
 
@@ -100,13 +99,12 @@ def content_of(results: dict, predictions: pd.DataFrame, report: Path) -> dict:
     tested, base = tests_of(predictions, names), Path(results["settings"]["model_name_or_path"]).name
     data = KVASIR["name"] if results["data"]["kvasir"] else results["data"]["name"]
     certain = tested.sort_values("probability", ascending=False, kind="stable")
-    counts = confusion_matrix(tested["label"], tested["prediction"], labels=names)
-    wrong = tested[~tested["right"]].groupby(["label", "prediction"]).size().rename("images").reset_index()
-    wrong = wrong.sort_values("images", ascending=False, kind="stable")
+    many, wrong = len(names) > SHOWN, confusions(tested)
+    counts = [] if many else confusion_matrix(tested["label"], tested["prediction"], labels=names).tolist()
     return {
         "title": f"{base} {results['made']} on {data}",
         "names": names,
-        "matrix": counts.tolist() if len(names) <= MATRIX else None,
+        "matrix": counts,
         "confusions": wrong[:LISTED].to_dict("records"),
         "more_confusions": max(0, len(wrong) - LISTED),
         "by_confidence": {

@@ -7,8 +7,8 @@ import pandas as pd
 import scipy.stats
 from scipy.special import stdtrit
 
-from .counts import count, scores_of
-from .discrimination import rank_parts
+from .counts import count, scores_of, scores_with
+from .discrimination import rank
 from .intervals import LEAST, mean_parts
 from .scores import losses
 
@@ -54,11 +54,11 @@ def score_parts(images: Images, answers: Answers) -> tuple[pd.Series, pd.DataFra
     tables = count(images.labels, answers.guesses, images.group, images.classes)
     values = scores_of(*[table.sum(0)[None] for table in tables]).iloc[0]
     with np.errstate(invalid="ignore"):  # without the only group there is nothing
-        without = scores_of(*[table.sum(0) - table for table in tables])
+        without = scores_with(tables, -1)
     parts = (values - without) * (images.groups - 1) / images.groups
     values["log_loss"], parts["log_loss"] = mean_parts(losses(*rows), images.group)
     if len(np.unique(images.labels)) > 1:
-        of_classes = rank_parts(*rows, images.group, "auroc")
+        of_classes = rank(*rows, images.group)["auroc"]
         values["macro_auroc"], parts["macro_auroc"] = (found.mean(0) for found in of_classes)
     defined = [name for name in COMPARED if name in values]
     return values[defined], parts[defined]

@@ -17,6 +17,9 @@ from .console import NOTEBOOK, log, show_picture
 from .files import atomic, read_json, write_json, write_text
 from .lettering import fonts_for
 from .load import KVASIR
+from .options import SHOWN
+from .scores import worst_classes
+from .split import rarest_classes
 from .workspace import HERE, SAMPLE, Workspace
 
 # In a name: signs of Markdown, HTML and TeX, blanks that would be lost, _ at the ends of words.
@@ -94,7 +97,9 @@ def make_model_card(results: dict, pictures: list[str], model_type: str) -> Mode
         card_data.license, card_data.license_name = "other", "kvasir-research-and-education"
         card_data.license_link = kvasir["homepage"]
     more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command_of(results)}
-    more |= {"model_type": model_type, "plain": plain_text, "code": code}
+    more |= {"model_type": model_type, "plain": plain_text, "code": code, "room": SHOWN}
+    more |= {"worst": worst_classes(results["per_class"])}
+    more |= {"rarest": rarest_classes(results["split"]["classes"])}
     return ModelCard.from_template(card_data, str(TEMPLATES / "model_card.md"), **more, **results)
 
 

@@ -12,9 +12,9 @@ from sklearn.metrics import multilabel_confusion_matrix, precision_recall_fscore
 from transformers import EvalPrediction
 
 from .counts import count, score_guesses, scores_of
-from .discrimination import discriminate
 from .files import probability_columns
 from .intervals import LEAST, basis_of, interval, mean_parts, share_interval
+from .options import SHOWN
 
 BINS = 15  # of the expected calibration error, equally wide: Guo et al. 2017, arXiv 1706.04599
 
@@ -44,7 +44,7 @@ def losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return {"value", "low", "high"} of METRICS, ece, log_loss and what `discriminate` has in macro.
+    """Return {"value", "low", "high"} of METRICS, ece and log_loss.
 
     `labels` and `groups` are (n,), `probabilities` (n, classes).
     """
@@ -56,8 +56,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> 
     basis = basis_of(np.ones(len(labels)), group)
     basis = replace(basis, effective_images=1 / LEAST)  # no limit: a loss is no share
     worst = -np.log(probabilities.min(1).clip(LEAST)).mean() if basis.groups > 1 else -np.log(LEAST)
-    found["log_loss"] = interval(*mean_loss, basis, (0.0, worst))
-    return found | discriminate(labels, probabilities, group)["macro"]
+    return found | {"log_loss": interval(*mean_loss, basis, (0.0, worst))}
 
 
 def truth_of(predictions: pd.DataFrame, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,29 +70,53 @@ def label_numbers(labels: pd.Series, class_names: list[str]) -> np.ndarray:
     return labels.map({name: label for label, name in enumerate(class_names)}).to_numpy()
 
 
-def score_classes(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) -> dict[str, dict]:
+def score_classes(
+    predictions: pd.DataFrame, groups: pd.Series, class_names: list[str], ranks: dict
+) -> dict[str, dict]:
     """Return {class: {"precision", "recall" (sensitivity), "specificity", "f1", "n"}} of one split.
 
     Classes with images also have the 95 % interval of their recall, "recall_low" and "recall_high", and
     "groups", the number of groups that it rests on; and, where there are others, "auroc" and
-    "average_precision" with theirs, see `discriminate`.
+    "average_precision" with theirs, which are in `ranks`, what `discriminate` returns.
     """
     pair = predictions["label"], predictions["prediction"]
     (tn, fp), _ = multilabel_confusion_matrix(*pair, labels=class_names).transpose(1, 2, 0)
     rows = precision_recall_fscore_support(*pair, labels=class_names, zero_division=0)
     table = pd.DataFrame(rows, ["precision", "recall", "f1", "n"], class_names).T.astype({"n": int})
     table.insert(2, "specificity", tn / np.maximum(tn + fp, 1))
-    result = table.to_dict(orient="index")
-    labels, probabilities = truth_of(predictions, class_names)
-    group = groups[predictions["file"]].to_numpy()
-    found = discriminate(labels, probabilities, group)
+    result, labels = table.to_dict(orient="index"), label_numbers(pair[0], class_names)
+    group, hits = groups[predictions["file"]].to_numpy(), (pair[0] == pair[1]).to_numpy()
     for label in np.unique(labels).tolist():
         mine, row = labels == label, result[class_names[label]]
-        hit = predictions["prediction"].to_numpy()[mine] == class_names[label]
-        for name, ends in ({"recall": share_interval(hit, group[mine])} | found.get(label, {})).items():
+        found = {"recall": share_interval(hits[mine], group[mine])} | ranks.get(label, {})
+        for name, ends in found.items():
             row |= {name: ends["value"], f"{name}_low": ends["low"], f"{name}_high": ends["high"]}
         row["groups"] = len(np.unique(group[mine]))
     return result
+
+
+def worst_classes(per_class: dict[str, dict]) -> list[str]:
+    """Return the classes that a table or picture has room for: all, or the worst by recall, worst first.
+
+    Of the same recall, those first whose interval ends lowest. `per_class` is of `score_classes`; where there
+    is no room for all, classes without images are left out.
+    """
+    if len(per_class) <= SHOWN:
+        return [*per_class]
+    tested = [name for name, row in per_class.items() if row["n"]]
+    tested.sort(key=lambda name: (per_class[name]["recall"], per_class[name]["recall_high"]))
+    return tested[:SHOWN]
+
+
+def confusions(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return which classes are taken for which: label, prediction, images, share of the label's images.
+
+    The most frequent first, of equally frequent ones those with the larger share.
+    """
+    pairs = predictions.groupby(["label", "prediction"]).size().rename("images").reset_index()
+    pairs["share"] = pairs["images"] / pairs.groupby("label")["images"].transform("sum")
+    wrong = pairs[pairs["label"] != pairs["prediction"]]
+    return wrong.sort_values(["images", "share"], ascending=False, kind="stable")
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

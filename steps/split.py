@@ -12,7 +12,7 @@ from .duplicates import Scenes, count_pairs
 from .earlier import find_earlier, record_earlier
 from .files import lookup, read_table, write_table
 from .load import count_classes
-from .options import Settings
+from .options import SHOWN, Settings
 from .workspace import Workspace, forget_split, is_trained
 
 SPLITS = ("train", "validation", "test")
@@ -207,10 +207,21 @@ def cut_folds(splits: DatasetDict, groups: pd.Series, work: Workspace) -> list[D
     ]
 
 
+def rarest_classes(counts: pd.DataFrame | dict[str, dict[str, int]]) -> list[str]:
+    """Return the classes that a table has room for: all, or those with the fewest images, rarest first.
+
+    `counts` has the images of each class, a column or dictionary per split.
+    """
+    total = pd.DataFrame(counts).sum(axis=1)
+    return [*total.index] if len(total) <= SHOWN else [*total.sort_values(kind="stable").index[:SHOWN]]
+
+
 def show_splits(splits: DatasetDict, scenes: Scenes) -> None:
     """Show the images of each class in each split; warn of what flatters the score, or says nothing."""
     table = pd.DataFrame({name: count_classes(part) for name, part in splits.items()})
-    show(pd.concat([table, table.sum().to_frame("total").T]))
+    rarest = rarest_classes(table)
+    title = f"rarest of {len(table):,} classes (split.csv: all)" if len(rarest) < len(table) else None
+    show(pd.concat([table.loc[rarest], table.sum().to_frame("total").T]).rename_axis(title))
     counts = count_pairs(scenes, splits)
     if "patients" in counts:
         text = (

@@ -27,7 +27,7 @@ from .files import PREFIX, atomic, csv_options, printable, probability_columns, 
 from .image_formats import judge, readable_endings
 from .load import list_images, summary
 from .model import normalise_on_device
-from .options import VIT_BASE, Settings
+from .options import SHOWN, VIT_BASE, Settings
 from .preprocess import Collator, decode_file
 from .report import make_space
 from .workspace import DRIVE, keep_on_drive
@@ -207,7 +207,9 @@ def predict_files(settings: Settings, training: TrainingArguments) -> None:
     if few:
         show_predictions(pd.concat(few))
     elif len(counts):
-        show(counts.astype(int).sort_values(ascending=False).to_frame("images"))
+        title = f"the most frequent of {len(counts):,} classes" if len(counts) > SHOWN else None
+        table = counts.astype(int).sort_values(ascending=False)[:SHOWN].to_frame("images")
+        show(table.rename_axis(title))
     log.info("%s images, %.1f images/s%s", f"{len(inputs):,}", speed, f": {path}" if write else "")
 
 

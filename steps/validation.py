@@ -14,12 +14,13 @@ from transformers import Trainer
 
 from .architectures import pixel_shape
 from .console import MAIN, log, stop
+from .discrimination import discriminate
 from .duplicates import Scenes, find_pairs, find_scenes
 from .evaluation import predict, score_split
 from .files import probability_columns, read_table, remove, write_table
 from .load import load_external
 from .preprocess import keep_readable, prepare_pixels
-from .scores import score, score_classes, truth_of
+from .scores import score, truth_of
 from .split import cut_folds
 from .workspace import Workspace
 
@@ -47,8 +48,8 @@ def cross_validate(fine_tune: Callable, splits: DatasetDict, scenes: Scenes, wor
             if file != kept and not file.name.startswith(".part"):  # those are for their writers to remove
                 remove(file)
         tables.append(table.assign(split=f"fold {fold}"))
-        labels, probabilities = truth_of(tables[-1], class_names)
-        values = score(labels, probabilities, np.zeros(len(labels), int))  # no interval is wanted
+        truth = *truth_of(tables[-1], class_names), np.zeros(len(table), int)  # no interval is wanted
+        values = score(*truth) | discriminate(*truth)["macro"]
         scores.append({name: value["value"] for name, value in values.items()})
     write_table(work.report / "cross_validation.csv", pd.concat(tables))
     spread = pd.DataFrame(scores).agg(["mean", "std"]).rename({"std": "sd"}).to_dict()
@@ -75,10 +76,9 @@ def evaluate_external(splits: DatasetDict, trainer: Trainer, work: Workspace) ->
     with work.training.main_process_first(local=False):
         scenes = find_scenes(new, shape, work.report / f"near_duplicates-{name}.csv")
     table = predict(trainer, DatasetDict(external=new), ["external"], work.report / f"external-{name}.csv")
-    scores = score_split(table, scenes, class_names)
+    scores, per_class = score_split(table, scenes, class_names)
     text = "accuracy {value:.3f}, 95 %% interval {low:.3f} to {high:.3f}".format(**scores["accuracy"])
     log.info("%s: " + text + ", n = %s, without %s near-duplicates", folder.name, len(new), len(twins))
-    per_class = score_classes(table, scenes.groups, class_names)
     per_class = {name: row for name, row in per_class.items() if row["n"]}
     record = {"folder": folder.name, "images": len(new), "near_duplicates_left_out": len(twins)}
     return record | scores | {"per_class": per_class}

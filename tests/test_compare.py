@@ -315,7 +315,7 @@ def test_a_picture_of_few_or_many_classes(classes):
     figure = draw_comparisons([one])
     axes = figure.subfigs[0].axes
     names = [label.get_text() for label in axes[1].get_yticklabels()]
-    assert len(names) == min(classes, 60) and names[0] == f"class {classes - 1} (3, 2)"
+    assert len(names) == min(classes, 40) and names[0] == f"class {classes - 1} (3, 2)"
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["macro F1", "accuracy"]
     (line,) = axes[2].containers[0].lines[:1]
     assert line.get_xdata()[0] == -0.01  # less log loss is better, and better is to the right

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from steps.discrimination import auroc_parts, average_precision_parts, discriminate, operating_points
+from steps.discrimination import discriminate, operating_points, rank
 from steps.intervals import share_interval
 
 
@@ -37,14 +37,16 @@ def test_ranks_are_scikit_learns(classes):
         assert both[0] == pytest.approx(both[1])
 
 
+def parts_of(name, labels, chances):
+    """What each image of the second class and the others adds to the error of its score: each is a group."""
+    return rank(labels, chances, np.arange(len(labels)))[name][1][1]
+
+
 @pytest.mark.parametrize(
-    "parts, measure",
-    [
-        (auroc_parts, metrics.roc_auc_score),
-        (average_precision_parts, metrics.average_precision_score),
-    ],
+    "name, measure",
+    [("auroc", metrics.roc_auc_score), ("average_precision", metrics.average_precision_score)],
 )
-def test_what_an_image_adds_is_what_a_heavier_image_changes(parts, measure):
+def test_what_an_image_adds_is_what_a_heavier_image_changes(name, measure):
     labels, chances, _ = answers(60, 2, 1, decimals=1)
     positive, scores, weights = labels == 1, chances[:, 1], np.ones(60)
     value, changes = measure(positive, scores), []
@@ -52,7 +54,7 @@ def test_what_an_image_adds_is_what_a_heavier_image_changes(parts, measure):
         weights[image] += 1e-6
         changes.append((measure(positive, scores, sample_weight=weights) - value) / 1e-6)
         weights[image] -= 1e-6
-    assert parts(positive, scores) == pytest.approx(changes, abs=1e-6)
+    assert parts_of(name, labels, chances) == pytest.approx(changes, abs=1e-6)
 
 
 def test_the_error_of_the_auroc_is_delongs():
@@ -62,7 +64,14 @@ def test_the_error_of_the_auroc_is_delongs():
     beats = scores[positive][:, None] - scores[~positive]
     beats = (beats > 0) + 0.5 * (beats == 0)
     delong = sum(beats.mean(axis).var(ddof=1) / beats.shape[1 - axis] for axis in (0, 1))
-    assert (auroc_parts(positive, scores) ** 2).sum() == pytest.approx(delong, rel=0.001)
+    assert (parts_of("auroc", labels, chances) ** 2).sum() == pytest.approx(delong, rel=0.001)
+
+
+def test_classes_are_ranked_in_blocks_with_the_same_result(monkeypatch):
+    labels, chances, groups = answers(200, 23, 0)
+    at_once = discriminate(labels, chances, groups)
+    monkeypatch.setattr("steps.discrimination.BLOCK", 1000)  # five classes at a time
+    assert discriminate(labels, chances, groups) == at_once
 
 
 def test_where_nothing_is_told_apart_there_is_no_rank():

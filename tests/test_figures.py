@@ -10,11 +10,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from steps.figures import (
     draw_class_bars,
-    draw_confusion_matrix,
+    draw_confusions,
     draw_reliability,
     draw_training_curves,
 )
 from steps.files import probability_columns, write_table
+from steps.options import SHOWN
 from steps.use import load_classifier
 
 HISTORY = [
@@ -100,7 +101,7 @@ def test_confusion_matrix_is_right_and_legible(classes):
     counts = np.random.default_rng(0).integers(0, 3, (classes, classes)) + np.diag([1234] * classes)
     pairs = np.repeat(np.argwhere(counts >= 0), counts.ravel(), axis=0)
     table = pd.DataFrame(np.array(names)[pairs], columns=["label", "prediction"])
-    figure = draw_confusion_matrix(table, names)
+    figure = draw_confusions(table, names)
     shown = {tuple(map(round, text.get_position()[::-1])): text.get_text() for text in figure.axes[0].texts}
     share = counts / counts.sum(1, keepdims=True)
     percent = {(r, c): f"\n{share[r, c]:.0%}" if classes <= 12 else "" for r, c in np.argwhere(counts)}
@@ -168,29 +169,42 @@ def test_bins_of_few_images_are_faint_and_counted():
     assert_legible(figure)
 
 
-@pytest.mark.parametrize("classes", [61, 1000])
-def test_charts_of_many_classes_stay_small_and_show_what_matters(classes):
-    names, size = long_names(classes), 2 * classes
-    labels = np.repeat(np.arange(classes), 2)
-    guesses = np.where(np.arange(size) % 5, labels, (labels + 1) % classes)
-    table = pd.DataFrame({"label": np.array(names)[labels], "prediction": np.array(names)[guesses]})
-    figure = draw_confusion_matrix(table, names)
-    assert max(figure.get_size_inches()) < 30 and not figure.axes[0].texts
-    assert (figure.axes[0].images[0].get_array().sum(1) == pytest.approx(1)).all()
-    ticks = figure.axes[0].get_yticklabels()
-    assert len(ticks) <= 60 and [label.get_text() for label in ticks[:2]] == ["0", str(-(-classes // 60))]
-    assert "number in config.json" in figure.axes[0].get_ylabel()
+@pytest.mark.parametrize("classes", [41, 200, 1000])
+def test_of_many_classes_the_most_frequent_confusions_are_drawn(classes):
+    """Class n is taken for the next one n % 7 times of 9; the first two are never tested."""
+    names, labels = long_names(classes), np.repeat(np.arange(2, classes), 9)
+    wrong = np.tile(np.arange(9), classes - 2) < labels % 7
+    table = pd.DataFrame({"label": labels, "prediction": np.where(wrong, (labels + 1) % classes, labels)})
+    figure = draw_confusions(table.replace(dict(enumerate(names))), names)
+    axes, most = figure.axes[0], sorted(range(6, classes, 7), key=lambda label: names[label])
+    first = [label.get_text() for label in axes.get_yticklabels()][::-1][: len(most)]
+    assert len(axes.patches) == min(SHOWN, sum(np.unique(labels) % 7 > 0))
+    assert first == [f"{names[label]} → {names[(label + 1) % classes]}" for label in most][:SHOWN]
+    assert axes.patches[-1].get_width() == pytest.approx(6 / 9)
+    assert axes.texts[-1].get_text() == "6" and f"of {wrong.sum():,} wrong answers" in figure.get_suptitle()
+    assert max(figure.get_size_inches()) < 15
+    assert_legible(figure)
 
+
+def test_many_classes_without_a_mistake_have_a_picture_of_confusions_too():
+    names = long_names(41)
+    figure = draw_confusions(pd.DataFrame({"label": names, "prediction": names}), names)
+    assert "0 of 0 wrong answers for 41 test images" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("classes", [41, 1000])
+def test_bars_of_many_classes_are_those_of_the_lowest_recall(classes):
     row = {"precision": 0.5, "recall_low": 0.0, "recall_high": 1.0, "n": 7}
-    shares = np.random.default_rng(0).random(classes)
-    figure = draw_class_bars(
-        {name: row | {"recall": share} for name, share in zip(names, shares, strict=True)}
-    )
-    lowest = np.sort(np.argsort(shares)[:60])
+    names, shares = long_names(classes), np.random.default_rng(0).random(classes)
+    rows = {name: row | {"recall": share} for name, share in zip(names, shares, strict=True)}
+    figure = draw_class_bars(rows | {"never tested": {"recall": 0, "precision": 0, "n": 0}})
+    lowest = np.argsort(shares)[:SHOWN]
     assert [bar.get_width() for bar in figure.axes[0].patches][::-1] == pytest.approx(shares[lowest])
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()][::-1]
-    assert shown == [f"{names[place]} (7)" for place in lowest] and max(figure.get_size_inches()) < 30
-    assert f"the 60 of {classes:,} classes with the lowest recall" in figure.axes[0].get_xlabel()
+    assert shown == [f"{names[place]} (7)" for place in lowest] and max(figure.get_size_inches()) < 15
+    title = figure.legends[0].get_title().get_text()
+    assert title == f"the {SHOWN} of {classes:,} classes with the lowest recall"
+    assert_legible(figure)
 
 
 def test_curves_show_what_was_logged():

@@ -299,6 +299,28 @@ def test_card_of_a_class_without_test_images(card_of, results):
     assert "| polyps | – | – | 0.950 | – | 0 |" in card_of().text
 
 
+@pytest.mark.parametrize("classes, rows", [(2, 2), (23, 23), (200, 40), (1000, 40)])
+def test_card_of_many_classes_shows_the_worst_and_the_rarest(card_of, results, classes, rows):
+    """Class n has n % 90 + 3 images, and a recall that falls with n; the last one is not tested."""
+    names, row = [f"dyed-resection-margins-{n:04}" for n in range(classes)], results["per_class"][NAMES[0]]
+    shares = [1 - n / classes for n in range(classes)]
+    per_class = {name: row | {"recall": share} for name, share in zip(names, shares, strict=True)}
+    per_class[names[-1]]["n"] = 0
+    counts = {name: n % 90 + 3 for n, name in enumerate(names)}
+    results |= {"per_class": per_class, "most_frequent": {"class": names[0], "accuracy": 0.125}}
+    results["split"] |= {"classes": {part: counts for part in ("train", "validation", "test")}}
+    text = card_of().text
+    parts = [re.findall(r"^\| (dyed\S+) \|", part, re.M) for part in text.split("|---|")]
+    counted, scored, ranked = filter(None, parts)
+    many = classes > rows
+    assert counted == (sorted(names, key=counts.get)[:rows] if many else names)
+    assert scored == (names[-2 : -rows - 2 : -1] if many else names)
+    assert ranked == (scored if many else names[:-1])
+    assert len(text) < 30_000
+    for note in ("the worst first", "`config.json` names all", f"the 40 rarest of {classes:,} classes"):
+        assert (note in text) == many
+
+
 def test_card_shows_ranks_and_what_accuracy_is_compared_with(card_of, results):
     text = card_of().text
     assert "| macro AUROC | 0.876 (0.812 to 0.932) | 0.876 (0.812 to 0.932) |" in text

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from steps.duplicates import Scenes, count_pairs, group_images
 from steps.files import lookup
@@ -240,6 +240,21 @@ def test_patients_on_two_sides_are_counted_and_said(images, tmp_path, caplog):
     assert f"optimistic: {divided} patients are both in the test and outside it" in caplog.text
     whole = split_images(known, scenes, work_in(tmp_path / "whole", Settings()))
     assert count_pairs(scenes, whole)["patients_across_test"] == 0
+
+
+@pytest.mark.parametrize("classes, lines", [(2, 2), (23, 23), (200, 40)])
+def test_the_table_of_many_classes_holds_the_rarest(capsys, classes, lines):
+    """Class n has n % 9 + 3 images."""
+    names = [f"dyed-resection-margins-{n:04}" for n in range(classes)]
+    labels = np.repeat(np.arange(classes), np.arange(classes) % 9 + 3)
+    features = Features({"file": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"file": [f"{row}.jpg" for row in range(len(labels))], "label": labels}
+    part = Dataset.from_dict(rows, features=features)
+    show_splits(DatasetDict(dict.fromkeys(("train", "validation", "test"), part)), alone(part))
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("dyed")]
+    assert len(shown) == lines and shown[0] == [names[0], "3", "3", "3"]
+    counts = [*np.bincount(labels)]
+    assert [int(row[1]) for row in shown] == (sorted(counts)[:lines] if classes > lines else counts)
 
 
 def test_small_classes_are_taught_and_tested():

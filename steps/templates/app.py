@@ -33,6 +33,7 @@ import PIL.Image
 from transformers import pipeline
 
 HERE = Path(__file__).resolve().parent
+MOST = 40  # classes that the page names
 WARNING = """For research and teaching. **Not a medical device: do not use it to diagnose, to treat or to
 triage anyone.** It answers with one of its classes whatever it is shown."""
 
@@ -58,7 +59,8 @@ def build_page(model: str, revision: str | None = None, names: Sequence[str] = (
 
     # In Markdown a sign can mean something else; an entity such as &#124; never does.
     special = r"[^\w .,()-]|(?<![^\W_])_|_(?![^\W_])"
-    shown = (re.sub(special, lambda sign: f"&#{ord(sign[0])};", name) for name in names)
+    shown = [re.sub(special, lambda sign: f"&#{ord(sign[0])};", name) for name in names[:MOST]]
+    more = f" and {len(names) - MOST:,} more" if len(names) > MOST else ""
     upload = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"])
     upload.preprocess = lambda file: file and file.path  # Gradio's ends in a traceback if it is no image
     examples = sorted(map(str, (HERE / "examples").glob("*.jpg")))
@@ -69,7 +71,7 @@ def build_page(model: str, revision: str | None = None, names: Sequence[str] = (
         gr.Label(label="probabilities", num_top_classes=min(len(names), 10)),
         title=Path(model).name,
         description=WARNING,
-        article=f"{len(names)} classes: {', '.join(shown)}.{note}",
+        article=f"{len(names):,} classes: {', '.join(shown)}{more}.{note}",
         examples=examples or None,
         example_labels=[Path(example).stem for example in examples] or None,
         cache_examples=False,

@@ -99,10 +99,10 @@ def truth(kind: tuple) -> dict[str, float]:
 def measure(labels: np.ndarray, group: np.ndarray, said: np.ndarray) -> dict[str, dict[str, float]]:
     """Return the intervals of one test."""
     last, guesses = labels.max(), said.argmax(1)
-    found, mine = score(labels, said, group), labels == last
+    ranks, mine = discriminate(labels, said, group), labels == last
+    found = score(labels, said, group) | ranks["macro"]
     found["recall of a class"] = share_interval(guesses[mine] == last, group[mine])
-    of_class = discriminate(labels, said, group)[last]
-    found |= {f"{name.replace('_', ' ')} of a class": ends for name, ends in of_class.items()}
+    found |= {f"{name.replace('_', ' ')} of a class": ends for name, ends in ranks[last].items()}
     return found
 
 

@@ -224,7 +224,7 @@ def draw_comparison(axes: dict[str, Axes], one: dict, shown: dict[str, str]) -> 
     recalls = pd.DataFrame({name: one["recalls"][name] for name in names}).T
     recalls = recalls.astype({"n": int, "groups": int})
     recalls.index = [f"{shown[row.Index]} ({row.n}, {row.groups})" for row in recalls.itertuples()]
-    only = f"; {SHOWN} of {count:,} classes, that differ most" if count > SHOWN else ""
+    only = f"\nthe {SHOWN} of {count:,} that differ most" if count > SHOWN else ""
     draw_differences(axes["recalls"], recalls, f"difference in recall\nin brackets: images, groups{only}")
 
 

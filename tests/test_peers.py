@@ -69,7 +69,7 @@ def test_seconds_are_told_apart_by_what_a_program_prints(tmp_path):
 def test_a_program_that_cannot_run_gets_a_row_that_says_why(tmp_path, monkeypatch):
     assert set(installed(sys.executable, ["torch"])) == {"torch"}
     with pytest.raises(RuntimeError, match=r"^not installed: pip install no-such-package$"):
-        installed(sys.executable, ["torch", "no-such-package"])
+        installed(sys.executable, ["no-such-package", "torch"])
     program = PROGRAMS["timm"]._replace(packages="torch")
     monkeypatch.setitem(PROGRAMS, "timm", program)
     job = argparse.Namespace(program="timm", python=sys.executable, sources=tmp_path, work=tmp_path)

@@ -221,7 +221,7 @@ def main() -> None:
     add("--precision", choices=["bf16", "float32"], default="bf16")
     add("--python", action="append", default=[], help="PROGRAM=PYTHON that it is installed in")
     add("--timm_model", default="vit_small_patch14_dinov2", help="timm's name of the ViT")
-    add("--work", type=Path, default="peers", help="folder for all that the programs write")
+    add("--work", type=Path, default="peers", help="folder for what the programs write; they start anew")
     add("--output", type=Path, default="peers.json")
     job = parser.parse_args()
     for name in ("data_dir", "model_name_or_path", "sources", "work"):

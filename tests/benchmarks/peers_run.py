@@ -39,7 +39,7 @@ def run(command: list, log: Path, trained: tuple[str, ...] = (), **options) -> d
     watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid), seen))
     watcher.start()
     last, words = "", [*trained, "$ "]  # no line has a blank after its end
-    with log.open("a") as file:
+    with log.open("a", buffering=1) as file:
         for line in process.stdout:
             file.write(line)
             last = line.strip() or last
@@ -66,9 +66,9 @@ def join(trained: dict[str, float], answered: dict[str, float]) -> dict[str, flo
 
 def installed(python: str, packages: list[str]) -> dict[str, str]:
     """Return the versions of packages in a Python; raise RuntimeError with what to do if one is missing."""
-    code = "import sys, importlib.metadata as m\nfor name in sys.argv[1:]: print(name, m.version(name))"
-    done = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True)
-    found = dict(line.split() for line in done.stdout.splitlines())
+    code = "import sys, importlib.metadata as m; print(sys.argv[1], m.version(sys.argv[1]))"
+    asked = [subprocess.run([python, "-c", code, name], capture_output=True, text=True) for name in packages]
+    found = dict(line.split() for line in (done.stdout for done in asked) if line)
     missing = [name for name in packages if name not in found]
     if missing:
         raise RuntimeError(f"not installed: pip install {' '.join(missing)}")

@@ -1,10 +1,12 @@
 """Running another program for `peers.py`, and what it took. Needs Linux: memory is read from /proc."""
 
+import contextlib
 import os
 import re
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,19 +14,23 @@ import psutil
 PHASES = "before", "training", "after"  # to start and prepare; to train and validate; to answer, save, report
 
 
-def watch(process: psutil.Process, seen: dict[str, float]) -> None:
-    """Twice a second note the CPU seconds and the highest memory (PSS) of a process and its children."""
-    while True:
-        try:
-            family = [process, *process.children(recursive=True)]
-            seen["memory"] = max(seen["memory"], sum(one.memory_full_info().pss for one in family))
-            seen["cpu"] = max(seen["cpu"], sum(sum(one.cpu_times()[:4]) for one in family))
-        except psutil.NoSuchProcess:
-            if not process.is_running():
-                return
-        except psutil.AccessDenied:  # it has ended, and nobody has asked how
-            return
-        time.sleep(0.5)
+def add_up(process: psutil.Process, measure: Callable[[psutil.Process], float]) -> float:
+    """Return the sum over a process and its children, their children, and so on."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            total += measure(one)
+    return total
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    return sum(process.cpu_times()[:4])  # its own, and those of children that have ended
+
+
+def watch(process: psutil.Process, ended: threading.Event, sizes: list[int]) -> None:
+    """Every two seconds note the memory (PSS, in bytes) of a process and its children."""
+    while not ended.wait(2):
+        sizes.append(add_up(process, lambda one: one.memory_full_info().pss))
 
 
 def run(command: list, log: Path, trained: tuple[str, ...] = (), **options) -> dict[str, float]:
@@ -33,10 +39,11 @@ def run(command: list, log: Path, trained: tuple[str, ...] = (), **options) -> d
     `trained`: what it prints when training begins, and when it has ended; without that all is "before".
     `options` are those of subprocess.Popen. Raises RuntimeError with the last line if the command fails.
     """
-    start, seen, marks = time.perf_counter(), {"memory": 0, "cpu": 0.0}, [(0.0, 0.0)]
+    begun, sizes, ended, marks = time.perf_counter(), [], threading.Event(), [(0.0, 0.0)]
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen([str(word) for word in command], **options)
-    watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid), seen))
+    family = psutil.Process(process.pid)
+    watcher = threading.Thread(target=watch, args=(family, ended, sizes))
     watcher.start()
     last, words = "", [*trained, "$ "]  # no line has a blank after its end
     with log.open("a", buffering=1) as file:
@@ -44,16 +51,19 @@ def run(command: list, log: Path, trained: tuple[str, ...] = (), **options) -> d
             file.write(line)
             last = line.strip() or last
             if re.search(words[len(marks) - 1], line):
-                marks.append((time.perf_counter() - start, seen["cpu"]))
+                marks.append((time.perf_counter() - begun, add_up(family, cpu_seconds)))
+    ended.set()
+    watcher.join()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    watcher.join()
     if process.returncode:
         raise RuntimeError(last or f"exit status {process.returncode}")
-    marks.append((time.perf_counter() - start, usage.ru_utime + usage.ru_stime))
-    found = {"peak bytes": seen["memory"]}
-    for phase, begun, ended in zip(PHASES, marks, marks[1:], strict=False):
-        found[f"{phase}, s"], found[f"{phase}, CPU s"] = ended[0] - begun[0], ended[1] - begun[1]
+    marks.append((time.perf_counter() - begun, usage.ru_utime + usage.ru_stime))
+    found = {
+        "peak bytes": max([usage.ru_maxrss * 1024, *sizes])
+    }  # the largest process alone, or all together
+    for phase, before, after in zip(PHASES, marks, marks[1:], strict=False):
+        found[f"{phase}, s"], found[f"{phase}, CPU s"] = after[0] - before[0], after[1] - before[1]
     return found
 
 

@@ -144,7 +144,7 @@ with training.main_process_first(local=False):
     class_names = images.features["label"].names
     if settings.external_dir:
         load_external(class_names, work)  # find a mistake there now, not after hours
-log.info("%s images in %s classes: %s", f"{len(images):,}", len(class_names), listed(class_names))
+log.info("%s images in %s classes: %s", f"{len(images):,}", f"{len(class_names):,}", listed(class_names))
 
 # %% [markdown]
 # ## 4 · Preprocess

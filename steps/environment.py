@@ -13,6 +13,8 @@ from typing import Any
 
 import filelock
 import huggingface_hub
+import torch
+from joblib import cpu_count
 from transformers import TrainingArguments
 
 from .console import PROCESSES, log, stop_signals
@@ -161,6 +163,15 @@ def has_locks(folder: Path) -> bool:
         except OSError as problem:
             return problem.errno not in NO_LOCKS  # else another process holds it
     return True
+
+
+def use_own_cores() -> None:
+    """Let torch start no more threads than this process has cores, unless OMP_NUM_THREADS says how many.
+
+    torch heeds to which cores a process is bound, but not the quota of a container (cgroup).
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Step 8: predictions and their scores, on our test images, on other folds, on other folders."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pandas as pd
 import scipy.special
 import torch
 from datasets import Dataset, DatasetDict
+from joblib import cpu_count
 from transformers import Trainer, TrainingArguments
 
 from .architectures import pixel_shape
@@ -80,7 +80,7 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
     results["split"] = {"by": split_rule(splits["test"], record["settings"]["split_by"])} | splits.num_rows
     if results["split"]["by"] == "given":
-        results["split"]["given"] = {name: sorted(set(part["split"])) for name, part in splits.items()}
+        results["split"]["given"] = {name: sorted(set(part["split"][:])) for name, part in splits.items()}
     results["split"] |= count_pairs(scenes, splits)
     if "earlier" in record:  # the run goes on from a model of ours
         results["split"]["earlier"] = record["earlier"]
@@ -163,7 +163,7 @@ def describe_device(training: TrainingArguments) -> str:
     """Return what computed: the GPU or cpu, its cores and, if there are several, the processes."""
     kind, processes = training.device.type, training.world_size
     device = torch.cuda.get_device_name() if kind == "cuda" else kind
-    return f"{device}, {os.cpu_count()} CPU cores" + (f", {processes} processes" if processes > 1 else "")
+    return f"{device}, {cpu_count()} CPU cores" + (f", {processes} processes" if processes > 1 else "")
 
 
 def score_split(predictions: pd.DataFrame, scenes: Scenes, class_names: list[str]) -> tuple[dict, dict]:

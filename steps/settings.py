@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .checks import HELP, UNFIT, check_settings, check_torchvision, check_training
 from .console import stop
-from .environment import bear_lack_of_locks, keep_caches, meeting, plain_paths
+from .environment import bear_lack_of_locks, keep_caches, meeting, plain_paths, use_own_cores
 from .options import EXAMPLE, TRAINING, WORDS, Settings
 
 SMALL = 8  # images: so few per step need no lower rate, and one pass of so many keeps a CPU busy
@@ -85,6 +85,7 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
     keep_caches(settings)  # before the Trainer is tried, which imports `datasets`
     check_training(training)
     bear_lack_of_locks()
+    use_own_cores()
     return settings, training
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from joblib import cpu_count
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
@@ -123,7 +124,7 @@ def find_inputs(paths: list[str]) -> Iterator[dict[str, Path]]:
 
 def decode_ahead(files: list[Path], processor: BaseImageProcessor, size: int) -> Iterator[list[dict]]:
     """Yield what `decode_file` makes of `files`, `size` at a time, while all cores work on the next ones."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         waiting = deque()
         for start in range(0, len(files), size):
             batch = files[start : start + size]

@@ -11,10 +11,12 @@ import datasets
 import filelock
 import huggingface_hub
 import pytest
+import torch
 from conftest import read_settings
 
 from steps import environment
 from steps.environment import CACHES, can_write, keep_caches, lock_of, meeting, plain_path, same_value
+from steps.environment import use_own_cores
 from steps.options import Settings
 
 
@@ -178,3 +180,20 @@ def test_a_signal_ends_the_wait_for_other_processes(monkeypatch, caplog, process
         signal.signal(signal.SIGTERM, before)
     assert (inside == signal.SIG_DFL) == (processes == 2)
     assert caplog.messages == (["2 processes meet at node1:29500"] if processes == 2 else [])
+
+
+@pytest.mark.parametrize("asked, quota, threads", [(None, "1", 1), ("3", "1", 3)])
+def test_torch_keeps_to_the_quota_of_a_container(monkeypatch, asked, quota, threads):
+    """What joblib takes from this variable it takes from a cgroup, too."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", quota)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(3)
+    try:
+        use_own_cores()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

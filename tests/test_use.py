@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import COLOURS, ROOT, draw, read_settings, run_script, story
+from joblib import cpu_count
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from steps.preprocess import decode_file
@@ -260,7 +261,7 @@ def test_decoding_goes_on_while_the_model_works(colour_model, tmp_path, monkeypa
     model, processor, training = colour_model
 
     def slow_decode(*args, **kwargs):
-        time.sleep(0.1 * os.cpu_count() / 32)  # 0.1 s a batch
+        time.sleep(0.1 * cpu_count() / 32)  # 0.1 s a batch
         return decode_file(*args, **kwargs)
 
     monkeypatch.setattr("steps.use.decode_file", slow_decode)

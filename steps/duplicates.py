@@ -85,7 +85,7 @@ def count_pairs(scenes: Scenes, splits: DatasetDict) -> dict[str, int]:
     Where patients are known, also of patients, of those both in the test and outside it, of images without
     one, and of scenes.
     """
-    side = {file: name for name, part in splits.items() for file in part["file"]}
+    side = {file: name for name, part in splits.items() for file in part["file"][:]}
     pairs = scenes.pairs
     pairs = pairs[pairs["file_a"].isin(side) & pairs["file_b"].isin(side)]
     a, b = pairs["file_a"].map(side), pairs["file_b"].map(side)

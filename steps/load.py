@@ -1,6 +1,5 @@
 """Step 3: folders of images become a table of files and labels."""
 
-import glob
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 import datasets
 import pandas as pd
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets.data_files import DataFilesList
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .checks import NO_TEXT, UNREAD
@@ -129,16 +129,19 @@ def summary(reasons: Iterable[str]) -> str:
     return ", ".join(f"{reason} ({count})" for reason, count in shown)
 
 
-def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, list[str]]:
+def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, DataFilesList]:
     """Return the files of a table as `data_files` of `load_dataset`.
 
     All are one split: otherwise a folder that is called test would become a split of its own, and a metadata
     file could name files anywhere on the disk. All endings are taken for images: without that, `datasets`
-    passes over those that are not in its own list, which is shorter than Pillow's.
+    passes over those that are not in its own list, which is shorter than Pillow's. It is told that
+    these are files: taken for patterns, each would be looked up, in every run anew, for longer than all the
+    rest takes.
     """
     ImageFolder.EXTENSIONS = sorted({os.path.splitext(file)[1].lower() for file in table["file"]})
     datasets.disable_progress_bars()  # they would call it a download
-    return {"train": [glob.escape(str(folder / file)) for file in table["file"]]}
+    files = [str(folder / file) for file in table["file"]]
+    return {"train": DataFilesList(files, origin_metadata=[])}  # `datasets` keeps their names, no content
 
 
 def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
@@ -148,8 +151,8 @@ def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset
     there is only one class.
     """
     images = images.cast_column("image", datasets.Image(decode=False))
-    files = {below(image["path"], folder) for image in images["image"]}
-    if lacking := sorted(set(table["file"]) - files):
+    taken = {image["path"] for image in images["image"][:]}
+    if lacking := [file for file in table["file"] if str(folder / file) not in taken]:
         stop(f"`datasets` does not take {lacking[0]}", "rename it")
     names = sorted(set(table["label"]))
     if len(names) < 2:
@@ -182,11 +185,11 @@ def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dic
     folder = Path(work.settings.external_dir).resolve()
     images, left_out = load_folder(folder, Settings(group_by="none"), work.cache)
     names = images.features["label"].names
-    inner = {nfc(file.split("/")[-2]) for file in images["file"] if "/" in file}
+    inner = {nfc(file.split("/")[-2]) for file in images["file"][:] if "/" in file}
     if not set(names) & set(class_names) and inner & set(class_names):  # in folders of patients, perhaps
         images, left_out = load_folder(folder, Settings(group_by="parent"), work.cache)
         names = images.features["label"].names
-    table = images.to_pandas().assign(label=[names[label] for label in images["label"]])
+    table = images.to_pandas().assign(label=[names[label] for label in images["label"][:]])
     known = table["label"].isin(class_names)
     if not known.any():
         theirs = f"no class of {folder} is named like ours: {listed(names, 5)}"
@@ -198,13 +201,13 @@ def load_external(class_names: list[str], work: Workspace) -> tuple[Dataset, dic
 
 def count_classes(images: Dataset) -> dict[str, int]:
     """Return {class: number of its images}."""
-    counts = Counter(images["label"])
+    counts = Counter(images["label"][:])
     return {name: counts[label] for label, name in enumerate(images.features["label"].names)}
 
 
 def record_data(images: Dataset, folder: Path, origin: dict[str, Any], work: Workspace) -> None:
     """Note the images in settings.json; if they changed, forget the split; SystemExit if trained."""
-    sizes = [(folder / file).stat().st_size for file in images["file"]]
+    sizes = [os.stat(folder / file).st_size for file in images["file"][:]]
     known = [images[name][:] for name in ("split", "group") if name in images.column_names]
     listing = json.dumps([images["file"][:], images["label"][:], sizes, *known]).encode()
     data = {"name": folder.name, "images": len(images), "files_sha256": hashlib.sha256(listing).hexdigest()}

@@ -139,7 +139,7 @@ def images_shown(predictions: pd.DataFrame, images: Dataset, work: Workspace) ->
         "probabilities": tested["probability"].round(4).tolist(),
         "groups": [int(group) for group in lookup(split["group"], tested["file"])],
     }
-    known = set(images["file"])
+    known = set(images["file"][:])
     pairs = read_table(report / "near_duplicates.csv", ["file_a", "file_b", "label_a", "label_b"])
     pairs = conflicting(pairs[pairs["file_a"].isin(known) & pairs["file_b"].isin(known)])
     issues = read_table(report / "label_issues.csv", ISSUES)
@@ -160,7 +160,7 @@ def images_shown(predictions: pd.DataFrame, images: Dataset, work: Workspace) ->
 
 def thumbnails(files: list[str], images: Dataset, shape: tuple[int, int, int]) -> Iterator[str]:
     """Yield a small JPEG of each of `files`, in base64, from their prepared pixels, until MOST_BYTES."""
-    place = {file: row for row, file in enumerate(images["file"])}
+    place = {file: row for row, file in enumerate(images["file"][:])}
     rows, spent = images.select([place[file] for file in files]), 0
     scale = min(1.0, (LARGE if len(files) <= FEW else SMALL) / max(shape[1:]))
     size = [max(1, round(scale * side)) for side in shape[1:]]

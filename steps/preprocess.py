@@ -25,6 +25,7 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, Value
+from joblib import cpu_count
 from transformers import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import load_image
@@ -81,9 +82,9 @@ def prepare_pixels(images: Dataset, folder: Path, processor: BaseImageProcessor,
 
 def cache_key(images: Dataset, folder: Path, processor: BaseImageProcessor) -> str:
     """Return 16 hex digits of all that decides the pixels: files, labels, processor, code, versions."""
-    stats = [(folder / file).stat() for file in images["file"]]
-    sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
-    locked = [file for file in images["file"] if not may_use(folder / file)]
+    files = images["file"][:]
+    sizes = [(status.st_size, status.st_mtime_ns) for status in (os.stat(folder / file) for file in files)]
+    locked = [file for file in files if not may_use(folder / file)]
     code = [inspect.getsource(step) for step in (decode_file, read_rgb, resize, image_formats)]
     for name in DECODERS:
         with suppress(importlib.metadata.PackageNotFoundError):  # some are optional
@@ -106,7 +107,7 @@ def decode_files(files: list[str], folder: Path, processor: BaseImageProcessor) 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # per image: the images go to all cores
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cpu_count()) as pool:
             rows = list(pool.map(lambda file: decode_file(folder / file, processor), files))
     finally:
         torch.set_num_threads(threads)
@@ -184,7 +185,7 @@ def keep_readable(images: Dataset, left_out: dict[str, str], path: Path) -> Data
 
     That is also what step 3 has `left_out`, {file: reason}. Raises SystemExit if nothing remains.
     """
-    errors = np.array(images["error"], dtype=object)
+    errors = np.array(images["error"][:], dtype=object)
     files = images["file"][:]
     left_out = left_out | {files[row]: errors[row] for row in np.flatnonzero(errors != "")}
     if left_out:
@@ -200,7 +201,7 @@ def keep_readable(images: Dataset, left_out: dict[str, str], path: Path) -> Data
         log.warning("%s left out: %s; see %s", what, summary(left_out.values()), path)
     elif path.exists():
         remove(path)
-    for mode, count in Counter(images["mode"]).items():
+    for mode, count in Counter(images["mode"][:]).items():
         if mode not in ("RGB", ""):
             log.info("converted to RGB: %s of mode %s", count, mode)
     return images.select(np.flatnonzero(errors == "")).remove_columns(["mode", "error"])
@@ -208,7 +209,7 @@ def keep_readable(images: Dataset, left_out: dict[str, str], path: Path) -> Data
 
 def pixels_of(files: Iterable[str], images: Dataset, shape: tuple[int, int, int]) -> np.ndarray:
     """Return the prepared pixels of `files`, uint8 (n, height, width, channels)."""
-    row = {file: row for row, file in enumerate(images["file"])}
+    row = {file: row for row, file in enumerate(images["file"][:])}
     pixels = images.select([row[file] for file in files])["pixel_values"][:]
     return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, *shape).transpose(0, 2, 3, 1)
 

@@ -67,7 +67,7 @@ def split_rule(images: Dataset, split_by: str | None) -> str:
 def make_split(images: Dataset, scenes: Scenes, work: Workspace) -> np.ndarray:
     """Return the name of each image's split (n,): as given, as an earlier model had it, or dealt out."""
     rule, shares = split_rule(images, work.settings.split_by), shares_of(work.settings)
-    labels, names = np.array(images["label"]), images.features["label"].names
+    labels, names = np.array(images["label"][:]), images.features["label"].names
     whole = kept_whole(scenes.groups, work.settings)
     fewest, scarce = min((len(set(whole[labels == label])), name) for label, name in enumerate(names))
     if fewest < work.settings.cross_validate:
@@ -77,7 +77,7 @@ def make_split(images: Dataset, scenes: Scenes, work: Workspace) -> np.ndarray:
     files, earlier = images["file"][:], find_earlier(work)
     before = lookup(earlier, files) if earlier is not None else np.array([])
     if rule == "given":
-        split = complete(np.array(images["split"], dtype=object), labels, whole, work)
+        split = complete(np.array(images["split"][:], dtype=object), labels, whole, work)
     elif (before != "").any():
         log.info("the split of %s is kept, and new images are added", work.settings.model_name_or_path)
         split = extend(before, labels, whole, work)
@@ -139,7 +139,7 @@ def deal_out(labels: np.ndarray, groups: np.ndarray, work: Workspace) -> np.ndar
 
 def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float]) -> None:
     """Raise SystemExit where a class cannot be learned or nothing is tested; warn where it is not tested."""
-    labels, names = np.array(images["label"]), images.features["label"].names
+    labels, names = np.array(images["label"][:]), images.features["label"].names
     for name in shares:
         counts = np.bincount(labels[split == name], minlength=len(names))
         absent = listed(np.array(names)[counts == 0])
@@ -151,7 +151,7 @@ def check_split(images: Dataset, split: np.ndarray, shares: dict[str, float]) ->
 
 def warn_of_shares(images: Dataset, split: np.ndarray, groups: pd.Series, shares: dict[str, float]) -> None:
     """Warn where a split has another share of a class than was asked for, and say what keeps it from it."""
-    labels, names = np.array(images["label"]), images.features["label"].names
+    labels, names = np.array(images["label"][:]), images.features["label"].names
     total = np.bincount(labels, minlength=len(names))
     in_groups = np.bincount(labels, groups.groupby(groups).transform("size") > 1, len(names)) > 0
     for name, size in shares.items():
@@ -197,7 +197,7 @@ def cut_folds(splits: DatasetDict, groups: pd.Series, work: Workspace) -> list[D
     images = datasets.concatenate_datasets([splits[name] for name in SPLITS])
     images, folds = images.select(np.argsort(images["file"][:])), work.settings.cross_validate
     whole = kept_whole(groups[images["file"][:]], work.settings)
-    part = deal(np.array(images["label"]), whole, [1 / folds] * folds, work.training.seed)
+    part = deal(np.array(images["label"][:]), whole, [1 / folds] * folds, work.training.seed)
     roles = (
         np.select([part == fold, part == (fold + 1) % folds], ["test", "validation"], "train")
         for fold in range(folds)

@@ -15,7 +15,7 @@ from .archive_formats import is_archive, other_kind
 from .archives import class_root, unpack
 from .checks import archive_name, is_url, local_path
 from .console import first_line, log, may_pass, progress, retry, status_of, stop
-from .environment import lock_of
+from .environment import in_turn
 from .files import need_space, read_json, remove, sha256_of, write_json
 from .hubdata import fetch_dataset
 from .options import KVASIR_URL, Settings
@@ -40,13 +40,13 @@ def fetch_images(work: Workspace) -> tuple[Path, dict[str, Any]]:
     if settings.data_dir is not None:
         return Path(settings.data_dir).resolve(), {}
     if settings.dataset_name is not None:
-        with lock_of(root):
+        with in_turn(root):
             return fetch_dataset(settings)
     name, stem = archive_name(url)
     archive, folder = work.archives / name if is_url(url) else local_path(url), root / stem
     if folder.is_file():
         stop(f"{folder} is a file, where {name} is to be unpacked", "move it, or use another --data_root")
-    with lock_of(root):  # a second run waits for the first one's download
+    with in_turn(root):  # a second run waits for the first one's download
         if is_url(url) and not folder.exists():
             download(url, archive)
         origin = identify(archive, folder, settings)

@@ -154,6 +154,21 @@ def lock_of(folder: Path, timeout: float = -1) -> filelock.BaseFileLock:
     return filelock.SoftFileLock(folder / ".lock-holder", **options)
 
 
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that several runs use; wait for it, and say so, if another run has it."""
+    lock = lock_of(folder)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.info("waiting for another run, which is at work in %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def has_locks(folder: Path) -> bool:
     """Say whether the disk of a folder has locks. Raises OSError if the folder cannot be written."""
     with (folder / ".lock").open("a") as file:

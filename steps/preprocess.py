@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import datasets
@@ -33,6 +33,7 @@ from transformers.image_utils import load_image
 from . import image_formats
 from .architectures import pixel_shape
 from .console import bars_wanted, log, retry, show_images, stop
+from .environment import in_turn
 from .files import may_use, need_space, printable, read_table, remove, write_json, write_table
 from .image_formats import DEEP, LOCKED, NO_WINDOW, frames_of, is_huffman, judge, judge_content
 from .image_formats import readable_endings, sample_bits
@@ -55,28 +56,30 @@ def prepare_pixels(images: Dataset, folder: Path, processor: BaseImageProcessor,
     `pixel_values`, bytes of a uint8 array (channels, height, width), null where it could not be read.
     """
     path = cache / f"pixels-{cache_key(images, folder, processor)}.arrow"
-    found, start = is_whole(path), time.perf_counter()
-    if not found:
-        remove(path)
-        cache.mkdir(parents=True, exist_ok=True)
-        need_space(cache, len(images) * math.prod(pixel_shape(processor)))
-    if bars_wanted():
-        datasets.enable_progress_bars()
-    new = {"mode": Value("string"), "error": Value("string"), "pixel_values": Value("binary")}
-    pixels = images.map(
-        functools.partial(decode_files, folder=folder, processor=processor),
-        input_columns="file",
-        batched=True,
-        batch_size=256,
-        writer_batch_size=256,
-        desc="prepare",
-        features=Features(images.features | new),
-        new_fingerprint=path.stem.split("-")[1],
-        cache_file_name=str(path),  # `datasets` renames it to this once it is whole
-    )
-    if not found:
-        speed = len(images) / (time.perf_counter() - start)
-        write_json(path.with_suffix(".json"), {"images_per_second": speed})
+    cache.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if path.exists() else in_turn(cache):  # another run may be making the same
+        found, start = is_whole(path), time.perf_counter()
+        if not found:
+            for rest in (path, *cache.glob("tmp*")):  # what runs that were killed have left
+                remove(rest)
+            need_space(cache, len(images) * math.prod(pixel_shape(processor)))
+        if bars_wanted():
+            datasets.enable_progress_bars()
+        new = {"mode": Value("string"), "error": Value("string"), "pixel_values": Value("binary")}
+        pixels = images.map(
+            functools.partial(decode_files, folder=folder, processor=processor),
+            input_columns="file",
+            batched=True,
+            batch_size=256,
+            writer_batch_size=256,
+            desc="prepare",
+            features=Features(images.features | new),
+            new_fingerprint=path.stem.split("-")[1],
+            cache_file_name=str(path),  # `datasets` renames tmp... to this once it is whole
+        )
+        if not found:
+            speed = len(images) / (time.perf_counter() - start)
+            write_json(path.with_suffix(".json"), {"images_per_second": speed})
     return pixels
 
 

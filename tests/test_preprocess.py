@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pandas as pd
 import PIL.ImageOps
@@ -219,6 +222,27 @@ def test_interrupted_preparation_leaves_no_cache(tmp_path, make_images, processo
         prepare(folder, processor, cache)
     assert not list(cache.glob("pixels-*"))
     assert len(prepare(folder, processor, cache)) == 9
+
+
+def test_a_run_waits_for_another_that_prepares_the_same_images(tmp_path, make_images, processor, caplog):
+    """What the other has made is used, and stays. What a run that was killed has left is deleted."""
+    folder, cache = make_images(), tmp_path / "cache"
+    cache.mkdir()
+    (cache / "tmp1234").write_bytes(b"half")
+    prepare(folder, processor, cache)
+    assert not (cache / "tmp1234").exists()
+    (made,) = cache.glob("pixels-*.arrow")
+    before = made.rename(tmp_path / made.name).stat()
+    caplog.set_level("INFO")
+    with ThreadPoolExecutor(1) as pool:
+        with filelock.FileLock(cache / ".lock"):  # as another run holds it
+            second = pool.submit(prepare, folder, processor, cache)
+            while not second.done() and "waiting for another run" not in caplog.text:
+                time.sleep(0.01)
+            os.replace(tmp_path / made.name, made)
+        assert len(second.result()) == 36
+    after = made.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_cache_holds_little_more_than_the_pixels(tmp_path, make_images):

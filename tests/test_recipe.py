@@ -96,7 +96,7 @@ def test_half_the_patches_train_and_all_of_them_test(tiny_vit):
 
 def test_runs_are_kept_and_not_done_again(tmp_path, make_images, tiny_vit):
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "recipe.py", "--protocol", "groups"]
-    command += ["--results", tmp_path / "results", "--runs", "default, mixup 0.2"]
+    command += ["--results", tmp_path / "results", "--runs", "former default, mixup 0.2"]
     command += ["--", "--data_dir", make_images(count=9), "--model_name_or_path", tiny_vit]
     command += ["--data_root", tmp_path / "data", "--num_train_epochs", "1"]
     first, again = (
@@ -105,4 +105,4 @@ def test_runs_are_kept_and_not_done_again(tmp_path, make_images, tiny_vit):
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     assert len(re.findall("groups_.*: accuracy", first.stdout)) == 3
     assert len(list((tmp_path / "results").glob("groups_*.npz"))) == 3
-    assert "groups_" not in again.stdout and re.search("\ndefault, mixup 0.2 +1.0", again.stdout)
+    assert "groups_" not in again.stdout and re.search("\nformer default, mixup 0.2 +1.0", again.stdout)

@@ -53,6 +53,10 @@ from steps.workspace import versions
 
 TUTORIAL = ["--recipe", "tutorial", "--warmup_steps", "0.235"]  # its 500 of 2,125 steps, of shorter runs
 SMALL_STEPS = [*TUTORIAL, "--per_device_train_batch_size", "8"]
+FORMER = "--min_steps 300 --per_device_train_batch_size 8 --learning_rate 2e-5 --layer_decay 0.85".split()
+FORMER += "--lr_scheduler_type cosine --warmup_steps 0.3 --weight_decay 0.05".split()
+FORMER += "--class_weights true --augment flip,turn".split()
+PROBE = [*TUTORIAL, "--linear_probe", "true"]
 ANY_STEPS = ["--min_steps", "0"]  # few images make few steps
 
 
@@ -61,37 +65,55 @@ def of(images: int) -> list[str]:
     return [*ANY_STEPS, "--per_device_train_batch_size", str(images)]
 
 
+FORMER_WITH = {
+    "no probe": ["--linear_probe", "false"],
+    "no layer decay": ["--layer_decay", "1"],
+    "no augmentation": ["--augment", ""],
+    "no class weights": ["--class_weights", "false"],
+    "half the rate": ["--learning_rate", "1e-5"],
+    "2.5 times the rate": ["--learning_rate", "5e-5"],
+    "warm-up 0.1": ["--warmup_steps", "0.1"],
+    "linear schedule": ["--lr_scheduler_type", "linear"],
+    "2 images a step": of(2),
+    "4 images a step, lower rate": [*of(4), "--learning_rate", "1.41e-5"],
+    "8 images a step": of(8),
+    "16 images a step": [*of(16), "--learning_rate", "2.83e-5"],
+    "32 images a step": [*of(32), "--learning_rate", "4e-5"],
+    "64 images a step": [*of(64), "--learning_rate", "5.66e-5"],
+    "15 epochs": ["--num_train_epochs", "15"],
+    "15 epochs, 8 images a step": ["--num_train_epochs", "15", *of(8)],
+    "crops": ["--augment", "flip,turn,crop"],
+    "crops and colours": ["--augment", "flip,turn,crop,colour"],
+    "label smoothing 0.1": ["--label_smoothing_factor", "0.1"],
+    "frozen backbone": ["--freeze_backbone"],
+    "EMA 0.98": ["+ema"],
+    "drop path 0.1": ["+drop_path"],
+    "8 epochs, half the patches": ["--num_train_epochs", "8", "+patch_dropout"],
+    "mixup 0.2": ["+mixup"],
+    "cutmix 1": ["+cutmix"],
+    "eight views averaged": ["+views"],
+    "336 pixels": ["+336"],
+}
 RUNS = {  # flags; what begins with + is done here, as it is no setting of the script
     "tutorial": TUTORIAL,
     "tutorial, 8 images a step": SMALL_STEPS,
     "tutorial, class weights": [*TUTORIAL, "--class_weights"],
     "tutorial, 8 images a step, class weights": [*SMALL_STEPS, "--class_weights"],
+    "tutorial, flips and turns": [*TUTORIAL, "--augment", "flip,turn"],
+    "tutorial, probe": PROBE,
+    "tutorial, probe, flips": [*PROBE, "--augment", "flip"],
+    "tutorial, probe, flips and turns": [*PROBE, "--augment", "flip,turn"],
+    "tutorial, probe, class weights": [*PROBE, "--class_weights"],
+    "tutorial, probe, layer decay": [*PROBE, "--layer_decay", "0.85"],
+    "tutorial, probe, 8 images a step, same rate": [*PROBE, *of(8), "--learning_rate", "2e-5"],
     "fast": ["--recipe", "fast"],
     "default": [],
+    "default, turns": ["--augment", "flip,turn"],
+    "default, class weights": ["--class_weights"],
+    "default, layer decay": ["--layer_decay", "0.85"],
     "best": ["--recipe", "best"],
-    "default, no probe": ["--linear_probe", "false"],
-    "default, no layer decay": ["--layer_decay", "1"],
-    "default, no augmentation": ["--augment", ""],
-    "default, no class weights": ["--class_weights", "false"],
-    "default, half the rate": ["--learning_rate", "1e-5"],  # of 8 images per step, or fewer
-    "default, 2.5 times the rate": ["--learning_rate", "5e-5"],
-    "default, warm-up 0.1": ["--warmup_steps", "0.1"],
-    "default, linear schedule": ["--lr_scheduler_type", "linear"],
-    "best, 8 images a step": ["--recipe", "best", *of(8)],
-    **{f"default, {count} images a step": of(count) for count in (2, 4, 8, 16, 32, 64)},
-    "default, 32 images a step, rate of 8": [*of(32), "--learning_rate", "2e-5"],
-    "default, no probe, no class weights": ["--linear_probe", "false", "--class_weights", "false"],
-    "default, crops": ["--augment", "flip,turn,crop"],
-    "default, crops and colours": ["--augment", "flip,turn,crop,colour"],
-    "default, label smoothing 0.1": ["--label_smoothing_factor", "0.1"],
-    "default, frozen backbone": ["--freeze_backbone"],
-    "default, EMA 0.98": ["+ema"],
-    "default, drop path 0.1": ["+drop_path"],
-    "default, 8 epochs, half the patches": ["--num_train_epochs", "8", "+patch_dropout"],
-    "default, mixup 0.2": ["+mixup"],
-    "default, cutmix 1": ["+cutmix"],
-    "default, eight views averaged": ["+views"],
-    "default, 336 pixels": ["+336"],
+    "former default": FORMER,
+    **{f"former default, {what}": [*FORMER, *flags] for what, flags in FORMER_WITH.items()},
 }
 
 

@@ -48,7 +48,7 @@ RECIPES = {
     "default": {
         "num_train_epochs": 4.0,
         "per_device_train_batch_size": 64,  # the most per step
-        "min_steps": 200,  # with fewer images: 32, 16, ..., 1 per step, to reach it
+        "min_steps": 150,  # with fewer images: 32, 16, ..., 1 per step, to reach it
         "learning_rate": 4e-5,  # at its peak, with 64 images per step; 2e-5 with 16, 1.41e-5 with 8 or fewer
         "layer_decay": 1.0,  # 0.85: every layer learns at 0.85 times the rate of the layer above it
         "lr_scheduler_type": "linear",  # from the peak down to 0

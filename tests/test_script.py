@@ -269,7 +269,7 @@ def test_recipe_named_by_a_flag_is_stronger_than_the_file(tmp_path, run):
     results = json.loads((tmp_path / "model" / "report" / "metrics.json").read_text())
     assert results["made"] == "probed" and "chosen_epoch" not in results
     settings = results["settings"]
-    assert settings["num_train_epochs"] == 0 and settings["linear_probe"] and settings["min_steps"] == 200
+    assert settings["num_train_epochs"] == 0 and settings["linear_probe"] and settings["min_steps"] == 150
     assert settings["data_url"] == "data/sample.zip" and settings["per_device_train_batch_size"] == 64
     history = json.loads((tmp_path / "model" / "trainer_state.json").read_text())["log_history"]
     assert [list(entry) for entry in history] == [["ridge_strength"]]

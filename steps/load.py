@@ -134,13 +134,13 @@ def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, DataFilesList]:
 
     All are one split: otherwise a folder that is called test would become a split of its own, and a metadata
     file could name files anywhere on the disk. All endings are taken for images: without that, `datasets`
-    passes over those that are not in its own list, which is shorter than Pillow's. It is told that
-    these are files: taken for patterns, each would be looked up, in every run anew, for longer than all the
-    rest takes.
+    passes over those that are not in its own list, which is shorter than Pillow's. It is told that these are
+    files: it would look each one up as a pattern, in every run anew, for longer than all the rest takes.
     """
     ImageFolder.EXTENSIONS = sorted({os.path.splitext(file)[1].lower() for file in table["file"]})
     datasets.disable_progress_bars()  # they would call it a download
-    files = [str(folder / file) for file in table["file"]]
+    folder = os.path.abspath(folder)
+    files = [os.path.join(folder, file) for file in table["file"]]
     return {"train": DataFilesList(files, origin_metadata=[])}  # `datasets` keeps their names, no content
 
 
@@ -152,7 +152,8 @@ def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset
     """
     images = images.cast_column("image", datasets.Image(decode=False))
     taken = {image["path"] for image in images["image"][:]}
-    if lacking := [file for file in table["file"] if str(folder / file) not in taken]:
+    absolute = os.path.abspath(folder)
+    if lacking := [file for file in table["file"] if os.path.join(absolute, file) not in taken]:
         stop(f"`datasets` does not take {lacking[0]}", "rename it")
     names = sorted(set(table["label"]))
     if len(names) < 2:

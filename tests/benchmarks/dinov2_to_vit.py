@@ -1,9 +1,9 @@
 """Write a DINOv2 checkpoint as one of the type `vit`.
 
-    python tests/benchmarks/dinov2_to_vit.py facebook/dinov2-small my-dinov2
+    python tests/benchmarks/dinov2_to_vit.py facebook/dinov2-small my-dinov2 [98]
 
 The outputs stay the same. A ViT has no LayerScale, so its factors go into the layer before it, and the
-positions are interpolated once to those of 224 pixels, as DINOv2 does at every step.
+positions are interpolated once to those of 224 pixels, or as many as given, as DINOv2 does at every step.
 """
 
 import sys
@@ -12,11 +12,10 @@ import torch
 from transformers import Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 NAMES = {"encoder.layer.": "layers.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
-SIZE = 224  # pixels
 
 
-def convert(dinov2: Dinov2Model) -> ViTForImageClassification:
-    """Return a ViT whose class token, after the last norm, is that of `dinov2` on images of 224 pixels."""
+def convert(dinov2: Dinov2Model, size: int = 224) -> ViTForImageClassification:
+    """Return a ViT whose class token, after the last norm, is that of `dinov2` on images of `size` pixels."""
     theirs = dinov2.config
     if theirs.use_swiglu_ffn:
         raise SystemExit("error: the giant DINOv2 has another kind of layer; use small, base or large")
@@ -27,7 +26,7 @@ def convert(dinov2: Dinov2Model) -> ViTForImageClassification:
         intermediate_size=theirs.hidden_size * theirs.mlp_ratio,
         layer_norm_eps=theirs.layer_norm_eps,
         patch_size=theirs.patch_size,
-        image_size=SIZE,
+        image_size=size,
     )
     weights = dict(dinov2.state_dict())
     for name in [name for name in weights if "layer_scale" in name]:
@@ -36,8 +35,8 @@ def convert(dinov2: Dinov2Model) -> ViTForImageClassification:
         weights[f"{dense}.weight"] = weights[f"{dense}.weight"] * scale[:, None]
         weights[f"{dense}.bias"] = weights[f"{dense}.bias"] * scale
     weights.pop("embeddings.mask_token", None)
-    patches = torch.empty(1, 1 + (SIZE // theirs.patch_size) ** 2, theirs.hidden_size)
-    positions = dinov2.embeddings.interpolate_pos_encoding(patches, SIZE, SIZE)
+    patches = torch.empty(1, 1 + (size // theirs.patch_size) ** 2, theirs.hidden_size)
+    positions = dinov2.embeddings.interpolate_pos_encoding(patches, size, size)
     weights["embeddings.position_embeddings"] = positions.detach()
     for old, new in NAMES.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
@@ -47,9 +46,9 @@ def convert(dinov2: Dinov2Model) -> ViTForImageClassification:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         raise SystemExit(__doc__)
-    source, folder = sys.argv[1:]
-    convert(Dinov2Model.from_pretrained(source, dtype=torch.float32)).save_pretrained(folder)
+    source, folder, size = *sys.argv[1:3], int((*sys.argv, 224)[3])
+    convert(Dinov2Model.from_pretrained(source, dtype=torch.float32), size).save_pretrained(folder)
     means = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    ViTImageProcessor(size={"height": SIZE, "width": SIZE}, resample=3, **means).save_pretrained(folder)
+    ViTImageProcessor(size={"height": size, "width": size}, resample=3, **means).save_pretrained(folder)

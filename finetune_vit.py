@@ -56,7 +56,7 @@ RECIPES = {
         "weight_decay": 0.01,
         "linear_probe": True,  # fit the head to the pretrained features before training all layers
         "class_weights": False,  # True: every class counts the same, however many images it has
-        "augment": "flip",  # mirror one image in two; where images have no upright, flip,turn is better
+        "augment": "flip",  # mirror one image in two; where images have no right way up, try flip,turn
     },
     "tutorial": {  # the blog post that this project grew from
         "num_train_epochs": 5.0,

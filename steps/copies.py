@@ -182,7 +182,7 @@ def work_off(function: Callable, items: Sequence, bar: Any) -> list:
     """Return function(item) of each item, from threads.
 
     A few hundred are handed over at a time: a million that wait would take much memory.
-    ."""
+    """
     found = []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start in range(0, len(items), 512):

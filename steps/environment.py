@@ -183,7 +183,7 @@ def has_locks(folder: Path) -> bool:
 def use_own_cores() -> None:
     """Let torch start no more threads than this process has cores, unless OMP_NUM_THREADS says how many.
 
-    torch heeds to which cores a process is bound, but not the quota of a container (cgroup).
+    torch respects the cores a process is bound to, but not the quota of a container (cgroup).
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))

@@ -48,7 +48,7 @@ class Settings:
     augment: str = setting("", "Vary training images by any of flip,turn,crop,colour.", "KINDS")
     linear_probe: bool = setting(False, "Fit the head to the pretrained features first.", "BOOL")
     layer_decay: float = setting(1.0, "Each layer's learning rate, as a share of the next one's.", "SHARE")
-    min_steps: int = setting(0, "Least number of steps; few images: fewer per step.", "N")
+    min_steps: int = setting(0, "Least number of steps: few images, fewer per step.", "N")
     freeze_backbone: bool = setting(False, "Train the head alone: much less memory and time.")
     class_weights: bool = setting(False, "Weight the loss so that all classes count the same.", "BOOL")
     evaluate_train: bool = setting(False, "Report the metrics on the training images, too.")
@@ -70,7 +70,7 @@ TRAINING = {  # fields of TrainingArguments: our default, help, name of the valu
     "learning_rate": (None, "Peak learning rate; default: the recipe's, by images per step.", "RATE"),
     "warmup_steps": (None, "Warm-up: a share of all steps if below 1, else steps.", "N"),
     "weight_decay": (None, "Weight decay of AdamW; none for biases and norms.", "RATE"),
-    "per_device_train_batch_size": (None, "Most images per step on each device.", "N"),
+    "per_device_train_batch_size": (None, "Images per step on each device, at most.", "N"),
     "per_device_eval_batch_size": (64, "Images per evaluation step on each device.", "N"),
     "seed": (42, "Seed of the split, the new head and the order of the images.", "N"),
     "bf16": (None, "bfloat16 mixed precision; default: where it is fast.", "BOOL"),

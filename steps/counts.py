@@ -38,7 +38,7 @@ def scores_of(hits: np.ndarray, true: np.ndarray, guessed: np.ndarray) -> pd.Dat
 
 
 def scores_with(tables: list[np.ndarray], more: float) -> pd.DataFrame:
-    """Return METRICS, a row per group, if its images weighed `more` more; `tables` are what `count` returns."""
+    """Return METRICS, a row per group, if its images weighed `more` more. `tables` are those of `count`."""
     total, blocks = [table.sum(0) for table in tables], []
     for first in range(0, len(tables[0]), BLOCK):
         pairs = zip(total, tables, strict=True)

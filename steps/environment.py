@@ -161,7 +161,8 @@ def in_turn(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        log.info("waiting for another run, which is at work in %s", folder)
+        text = "waiting for another run, which is at work in %s; if there is none, delete %s"
+        log.info(text, folder, lock.lock_file)
         lock.acquire()
     try:
         yield

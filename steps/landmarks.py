@@ -67,7 +67,7 @@ class StoredLandmarks(Sequence):
     def records(self) -> np.ndarray:
         """The landmarks of all pictures, one after another."""
         self.file.flush()
-        return np.memmap(self.file, self.record, "r") if self.starts[-1] else np.empty(0, self.record)
+        return np.memmap(self.file, self.record, "c") if self.starts[-1] else np.empty(0, self.record)
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -22,7 +22,8 @@ from .console import stop
 from .environment import bear_lack_of_locks, keep_caches, meeting, plain_paths, use_own_cores
 from .options import EXAMPLE, TRAINING, WORDS, Settings
 
-SMALL = 8  # images: so few per step need no lower rate, and one pass of so many keeps a CPU busy
+SMALL = 8  # images per step: fewer need no lower rate
+PASS = 32  # images that a CPU passes at once: more are no faster, but may fill the memory
 
 USAGE = "usage: python finetune_vit.py [--config FILE] [--SETTING VALUE ...]"
 
@@ -201,21 +202,21 @@ def for_trainer(training: TrainingArguments, images: int, settings: Settings) ->
     """Return a copy with the images per step, and the learning rate, for so many training images.
 
     What a model learns from few images depends on the number of its steps. So a step takes the largest power
-    of two that leaves at least `min_steps`, but not more than was asked for. The recipe's learning rate
-    follows the square root of the images per step (Malladi et al. 2022, arXiv 2205.10287), down to 8 of them.
+    of two that leaves at least `min_steps`, but no more than was asked for. The learning rate
+    of a recipe follows the square root of their number (Malladi et al. 2022, arXiv 2205.10287), down to 8.
     Our own callbacks keep the checkpoints and draw the bars, so the Trainer's are off.
     """
     training, batch = copy.copy(training), training.per_device_train_batch_size
     training.save_total_limit, training.disable_tqdm = None, True
+    each = batch * training.gradient_accumulation_steps  # per device and step
     if settings.min_steps and training.max_steps <= 0:
-        most = max(1, int(images * training.num_train_epochs / settings.min_steps))
-        most = min(2 ** (most.bit_length() - 1), images_per_step(training))
-        devices = images_per_step(training) // (batch * training.gradient_accumulation_steps)
-        each = max(1, most // devices)
-        batch = min(each, batch)
-        if training.device.type != "cuda" and batch % SMALL == 0:
-            batch = SMALL  # more at once are no faster, but may fill the memory
-        training.per_device_train_batch_size, training.gradient_accumulation_steps = batch, each // batch
+        most = int(images * training.num_train_epochs / settings.min_steps)
+        most = max(1, most // (images_per_step(training) // each))
+        each = min(each, 2 ** (most.bit_length() - 1))
+    batch = math.gcd(each, batch)
+    if training.device.type != "cuda" and batch % PASS == 0:
+        batch = PASS
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = batch, each // batch
     if settings.rate_for:
         rate = training.learning_rate * math.sqrt(max(images_per_step(training), SMALL) / settings.rate_for)
         training.learning_rate = float(f"{rate:.3g}")

@@ -208,7 +208,7 @@ def predict_files(settings: Settings, training: TrainingArguments) -> None:
     if few:
         show_predictions(pd.concat(few))
     elif len(counts):
-        title = f"the most frequent of {len(counts):,} classes" if len(counts) > SHOWN else None
+        title = f"the most frequent of {len(counts):,} classes" if len(counts) > SHOWN else "prediction"
         table = counts.astype(int).sort_values(ascending=False)[:SHOWN].to_frame("images")
         show(table.rename_axis(title))
     log.info("%s images, %.1f images/s%s", f"{len(inputs):,}", speed, f": {path}" if write else "")

@@ -230,6 +230,7 @@ def test_metrics_json_holds_no_path_of_this_machine(tmp_path, measured):
         "output_dir": "model",
         "arguments": ["--metadata", "patients.csv", "--data_dir=ward 7", "--seed", "1"],
     }  # fmt: skip
+    expected |= {"images_per_step": 1, "learning_rate": 1.41e-5}  # by the rule, for 12 images
     assert results["settings"] == expected
     assert str(tmp_path) not in text and str(Path.home()) not in text and ".." not in text and "~" not in text
 

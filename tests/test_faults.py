@@ -127,7 +127,7 @@ def test_a_reader_that_goes_away_is_one_line(tmp_path, flags):
 def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(tmp_path, flags, runner):
     """The cache fails, then the weights of a checkpoint, then its optimizer; then there is room."""
     flags += ["--model_name_or_path", "data/sample-vit", "--num_train_epochs", "2", "--output_dir"]
-    for kilobytes, training in ((10, False), (1000, True), (2500, True)):
+    for kilobytes, training in ((10, False), (1500, True), (2500, True)):
         status, text = runner([*flags, tmp_path / "model"], largest_file=kilobytes << 10)
         assert status == 1 and "Traceback" not in text, text
         assert ("training on" in text) is training

@@ -48,7 +48,7 @@ def results_of(predictions, names):
     split |= {"near_duplicate_pairs": 60, "pairs_across_splits": 0, "pairs_across_test": 0}
     split |= {"conflicting_label_pairs": 3, "classes": {}}
     settings, training = read_settings(["--output_dir", "model"])
-    recorded = vars(settings) | training.to_dict() | {"data_dir": "/home/me/secret"}
+    recorded = vars(settings) | training.to_dict() | {"data_dir": "/home/me/secret", "images_per_step": 64}
     recorded["arguments"] = ["--data_dir", "/home/me/secret"]
     return {
         "made": "fine-tuned", "chosen_epoch": 3.0, "test": values, "validation": values,

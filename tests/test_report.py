@@ -58,7 +58,8 @@ def results(tmp_path):
         "shortcuts": {"nothing": {"accuracy": 0.9123, "macro_f1": 0.87}},
         "speed": {"train_images_per_second": 12.34, "train_seconds": 567.0, "evaluate_images_per_second": 89},
         "data": data,
-        "settings": {name: public(value) for name, value in (vars(settings) | training.to_dict()).items()},
+        "settings": {name: public(value) for name, value in (vars(settings) | training.to_dict()).items()}
+        | {"images_per_step": 64},
         "versions": {"torch": "2.13.0", "device": "a test machine"},
     }  # fmt: skip
 

@@ -28,7 +28,8 @@ def test_two_processes_train_as_one_does(tmp_path, archive, tiny_vit):
         "--learning_rate", "5e-3", "--report_to", "none", "--augment", "", "--min_steps", "0",
         "--bf16", "false",  # its rounding would be the larger difference
     ]  # fmt: skip
-    one = run_script(*flags, "--data_root", tmp_path / "data-1", "--output_dir", tmp_path / "one")
+    more = ["--per_device_train_batch_size", "8", "--data_root", tmp_path / "data-1"]
+    one = run_script(*flags, *more, "--output_dir", tmp_path / "one")
     flags += ["--per_device_train_batch_size", "4", "--data_root", tmp_path / "data-2"]
     two = run_two(*flags, "--output_dir", tmp_path / "two")
     assert one.returncode == 0, one.stderr

@@ -26,8 +26,8 @@ class SafeCheckpoints(TrainerCallback):
     def __init__(self, training: TrainingArguments) -> None:
         self.output_dir, self.keep = Path(training.output_dir), training.save_total_limit
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        weights = model.num_parameters() * 4  # bytes; AdamW adds two moments of that size
+    def on_train_begin(self, args, state, control, **kwargs):
+        weights = kwargs["model"].num_parameters() * 4  # bytes; AdamW adds two moments of that size
         lacking = 3 - min(len(checkpoints_in(self.output_dir)), 2)  # the best, the newest, its successor
         need_space(self.output_dir, weights * (1 + 3 * lacking))
         if state.best_global_step:  # where it is now: the folder may have been moved

@@ -102,9 +102,9 @@ def measure(parts: dict[str, pd.DataFrame], scenes: Scenes, class_names: list[st
     For two classes also "operating_points".
     """
     tables = {name: parts[name] for name in reversed(SPLITS) if name in parts}
-    scored = {name: score_split(table, scenes, class_names) for name, table in tables.items()}
+    scored = {name: score_split(table, scenes.groups, class_names) for name, table in tables.items()}
     results = {name: scores for name, (scores, _) in scored.items()}
-    results["per_class"] = scored["test"][1]
+    results["per_class"] = score_classes(parts["test"], scenes.groups, class_names, scored["test"][1])
     most = max(class_names, key=lambda name: results["per_class"][name]["n"])
     share = results["per_class"][most]["n"] / len(parts["test"])
     results["most_frequent"] = {"class": most, "accuracy": share}
@@ -166,12 +166,11 @@ def describe_device(training: TrainingArguments) -> str:
     return f"{device}, {cpu_count()} CPU cores" + (f", {processes} processes" if processes > 1 else "")
 
 
-def score_split(predictions: pd.DataFrame, scenes: Scenes, class_names: list[str]) -> tuple[dict, dict]:
-    """Return the scores of one split, see `score` and `discriminate`, and `score_classes` of it."""
-    truth = *truth_of(predictions, class_names), scenes.groups[predictions["file"]].to_numpy()
+def score_split(predictions: pd.DataFrame, groups: pd.Series, class_names: list[str]) -> tuple[dict, dict]:
+    """Return the scores of one split, `score` and the macro ones of `discriminate`, and what that returns."""
+    truth = *truth_of(predictions, class_names), groups[predictions["file"]].to_numpy()
     ranks = discriminate(*truth)
-    of_classes = score_classes(predictions, scenes.groups, class_names, ranks)
-    return score(*truth) | ranks["macro"], of_classes
+    return score(*truth) | ranks["macro"], ranks
 
 
 def cover_shortcuts(trainer: Trainer, test: Dataset) -> dict[str, dict[str, float]]:

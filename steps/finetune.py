@@ -53,17 +53,17 @@ class EpochLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_epoch_end(self, args, state, control, **kwargs):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # or the last steps are still under way
         seconds = time.perf_counter() - self.start
         images = (state.global_step - self.first_step) * images_per_step(args)
-        images = min(images, len(train_dataloader.dataset))
+        images = min(images, len(kwargs["train_dataloader"].dataset))
         state.log_history.append({"epoch": state.epoch, "train_images": images, "train_seconds": seconds})
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(self, args, state, control, **kwargs):
         if self.evaluation is None:
-            bar = {"total": len(eval_dataloader), "unit": " batches", "leave": False}
+            bar = {"total": len(kwargs["eval_dataloader"]), "unit": " batches", "leave": False}
             self.evaluation = progress(desc="evaluate", **bar | self.quiet)
         self.evaluation.update()
 
@@ -74,7 +74,8 @@ class EpochLog(TrainerCallback):
 
     on_predict = on_evaluate
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, **kwargs):
+        logs = kwargs["logs"]
         loss = logs.get("loss", 0.0) + logs.get("eval_loss", 0.0)
         if not np.isfinite(loss):
             stop(f"the loss is {loss} at step {state.global_step}", "lower --learning_rate")

@@ -139,9 +139,14 @@ def paths_of(table: pd.DataFrame, folder: Path) -> dict[str, DataFilesList]:
     """
     ImageFolder.EXTENSIONS = sorted({os.path.splitext(file)[1].lower() for file in table["file"]})
     datasets.disable_progress_bars()  # they would call it a download
-    folder = os.path.abspath(folder)
-    files = [os.path.join(folder, file) for file in table["file"]]
-    return {"train": DataFilesList(files, origin_metadata=[])}  # `datasets` keeps their names, no content
+    files = DataFilesList(absolute(table["file"], folder), origin_metadata=[])
+    return {"train": files}  # `datasets` keeps their names, no content
+
+
+def absolute(files: Iterable[str], folder: Path) -> list[str]:
+    """Return the absolute paths of files below a folder; links stay as they are."""
+    start = os.path.abspath(folder)
+    return [os.path.join(start, file) for file in files]
 
 
 def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
@@ -152,9 +157,8 @@ def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset
     """
     images = images.cast_column("image", datasets.Image(decode=False))
     taken = {image["path"] for image in images["image"][:]}
-    absolute = os.path.abspath(folder)
-    if lacking := [file for file in table["file"] if os.path.join(absolute, file) not in taken]:
-        stop(f"`datasets` does not take {lacking[0]}", "rename it")
+    if lacking := [path for path in absolute(table["file"], folder) if path not in taken]:
+        stop(f"`datasets` does not take {below(lacking[0], folder)}", "rename it")
     names = sorted(set(table["label"]))
     if len(names) < 2:
         inside, remedy = folder / names[0], "give a folder that holds one folder for each class"

@@ -21,8 +21,8 @@ from .console import log
 from .duplicates import conflicting
 from .files import lookup, probability_columns, read_table, sha256_of, write_text
 from .load import KVASIR
-from .report import TEMPLATES, command_of
 from .options import SHOWN
+from .report import TEMPLATES, command_of
 from .scores import confusions, label_numbers
 from .workspace import Workspace
 

@@ -57,8 +57,9 @@ def prepare_pixels(images: Dataset, folder: Path, processor: BaseImageProcessor,
     """
     path = cache / f"pixels-{cache_key(images, folder, processor)}.arrow"
     cache.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if is_whole(path) else in_turn(cache):  # another run may be making the same
-        found, start = is_whole(path), time.perf_counter()
+    found = is_whole(path)
+    with nullcontext() if found else in_turn(cache):  # another run may be making the same
+        found, start = found or is_whole(path), time.perf_counter()
         if not found:
             for rest in (path, *cache.glob("tmp*")):  # what runs that were killed have left
                 remove(rest)

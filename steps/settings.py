@@ -24,7 +24,6 @@ from .options import EXAMPLE, TRAINING, WORDS, Settings
 
 SMALL = 8  # images per step: fewer need no lower rate
 PASS = 32  # images that a CPU passes at once: more are no faster, but may fill the memory
-
 USAGE = "usage: python finetune_vit.py [--config FILE] [--SETTING VALUE ...]"
 
 
@@ -202,9 +201,9 @@ def for_trainer(training: TrainingArguments, images: int, settings: Settings) ->
     """Return a copy with the images per step, and the learning rate, for so many training images.
 
     What a model learns from few images depends on the number of its steps. So a step takes the largest power
-    of two that leaves at least `min_steps`, but no more than was asked for. The learning rate
-    of a recipe follows the square root of their number (Malladi et al. 2022, arXiv 2205.10287), down to 8.
-    Our own callbacks keep the checkpoints and draw the bars, so the Trainer's are off.
+    of two that leaves at least `min_steps`, but no more than was asked for. A recipe's learning rate follows
+    the square root of their number (Malladi et al. 2022, arXiv 2205.10287), down to 8. Our own callbacks keep
+    the checkpoints and draw the bars, so the Trainer's are off.
     """
     training, batch = copy.copy(training), training.per_device_train_batch_size
     training.save_total_limit, training.disable_tqdm = None, True

@@ -14,13 +14,12 @@ from transformers import Trainer
 
 from .architectures import pixel_shape
 from .console import MAIN, log, stop
-from .discrimination import discriminate
 from .duplicates import Scenes, find_pairs, find_scenes
 from .evaluation import predict, score_split
 from .files import probability_columns, read_table, remove, write_table
 from .load import load_external
 from .preprocess import keep_readable, prepare_pixels
-from .scores import score, truth_of
+from .scores import score_classes
 from .split import cut_folds
 from .workspace import Workspace
 
@@ -37,7 +36,7 @@ def cross_validate(fine_tune: Callable, splits: DatasetDict, scenes: Scenes, wor
         options, folder = copy.copy(work.training), work.output_dir / f"fold-{fold}-of-{folds}"
         options.output_dir, options.resume_from_checkpoint = str(folder), None
         if (kept := folder / "predictions.csv").exists():
-            table = read_table(kept, ["label", *probability_columns(class_names)])
+            table = read_table(kept, ["file", "label", *probability_columns(class_names)])
         else:
             log.info("fold %s of %s", fold, folds)
             folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +47,7 @@ def cross_validate(fine_tune: Callable, splits: DatasetDict, scenes: Scenes, wor
             if file != kept and not file.name.startswith(".part"):  # those are for their writers to remove
                 remove(file)
         tables.append(table.assign(split=f"fold {fold}"))
-        truth = *truth_of(tables[-1], class_names), np.zeros(len(table), int)  # no interval is wanted
-        values = score(*truth) | discriminate(*truth)["macro"]
+        values, _ = score_split(table, pd.Series(0, table["file"]), class_names)  # no interval is wanted
         scores.append({name: value["value"] for name, value in values.items()})
     write_table(work.report / "cross_validation.csv", pd.concat(tables))
     spread = pd.DataFrame(scores).agg(["mean", "std"]).rename({"std": "sd"}).to_dict()
@@ -76,9 +74,10 @@ def evaluate_external(splits: DatasetDict, trainer: Trainer, work: Workspace) ->
     with work.training.main_process_first(local=False):
         scenes = find_scenes(new, shape, work.report / f"near_duplicates-{name}.csv")
     table = predict(trainer, DatasetDict(external=new), ["external"], work.report / f"external-{name}.csv")
-    scores, per_class = score_split(table, scenes, class_names)
+    scores, ranks = score_split(table, scenes.groups, class_names)
     text = "accuracy {value:.3f}, 95 %% interval {low:.3f} to {high:.3f}".format(**scores["accuracy"])
     log.info("%s: " + text + ", n = %s, without %s near-duplicates", folder.name, len(new), len(twins))
+    per_class = score_classes(table, scenes.groups, class_names, ranks)
     per_class = {name: row for name, row in per_class.items() if row["n"]}
     record = {"folder": folder.name, "images": len(new), "near_duplicates_left_out": len(twins)}
     return record | scores | {"per_class": per_class}

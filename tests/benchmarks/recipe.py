@@ -300,25 +300,22 @@ def against_tutorial(results: dict, labels: np.ndarray, groups: np.ndarray) -> p
             images = Images(labels[rows], group, labels.max() + 1)
             for metric, found in compare_scores(images, *answers).items():
                 differences[metric].append([*found.values()])
-            value, parts = np.subtract(*(ece_parts(images, one) for one in answers[::-1]))
-            differences["ece"].append([*t_interval((value, parts), 0.0, 1.0).values()])
+            (before, parts_before), (now, parts_now) = (ece_parts(images, one) for one in answers)
+            difference = now - before, parts_now - parts_before
+            differences["ece"].append([*t_interval(difference, 0.0, 1.0).values()])
         for metric in ("macro_f1", "log_loss", "ece", "accuracy"):
             value, low, high = np.mean(differences[metric], axis=0)
             table.setdefault(run, {})[metric] = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
     return pd.DataFrame(table).T
 
 
-def ece_parts(images: Images, answers: Answers) -> np.ndarray:
-    """Return the calibration error and what each group adds to it, as an object array of these two."""
+def ece_parts(images: Images, answers: Answers) -> tuple[float, np.ndarray]:
+    """Return the calibration error, and what each group adds to it (groups,), as a jackknife finds it."""
     sure, right = answers.probabilities.max(1), answers.guesses == images.labels
     value = calibration_error(sure, right)
-    without = [
-        calibration_error(sure[rest], right[rest])
-        for rest in images.group != np.arange(images.groups)[:, None]
-    ]
-    result = np.empty(2, object)
-    result[:] = value, (value - np.array(without)) * (images.groups - 1) / images.groups
-    return result
+    rests = images.group != np.arange(images.groups)[:, None]
+    without = np.array([calibration_error(sure[rest], right[rest]) for rest in rests])
+    return value, (value - without) * (images.groups - 1) / images.groups
 
 
 def summarise(results: dict, labels: np.ndarray, groups: np.ndarray, draws: int = 2000) -> pd.DataFrame:

@@ -122,7 +122,8 @@ def compare_cells(first: Views, second: Views) -> tuple[np.ndarray, pd.DataFrame
     upright = Wanted(20, np.float32(-1), np.not_equal if first is second else any_pair)
     nothing = np.empty(0, int), np.empty(0, int), np.empty(0, np.float32)
     found, alike = [nothing], [nothing]
-    with progress(total=9 * -(-len(first.cells) // BLOCK), desc="compare pictures") as bar:
+    blocks = -(-(len(first.cells) - len(without_texture(first.cells))) // BLOCK)
+    with progress(total=9 * blocks, desc="compare pictures") as bar:
         for way in range(8):
             cells = first.cells[:, :, ::-1] if way > 3 else first.cells
             queries = sketch_pictures(*centre(np.rot90(cells, way, (1, 2)), mean), directions)

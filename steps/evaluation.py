@@ -78,7 +78,8 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     results["calibration"] = calibration(*truth_of(parts["test"], class_names), groups, temperature)
     uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
-    results["split"] = {"by": split_rule(splits["test"], record["settings"]["split_by"])} | splits.num_rows
+    asked = (record["settings"][name] for name in ("split_by", "split_otherwise"))
+    results["split"] = {"by": split_rule(splits["test"], *asked)} | splits.num_rows
     if results["split"]["by"] == "given":
         results["split"]["given"] = {name: sorted(set(part["split"][:])) for name, part in splits.items()}
     results["split"] |= count_pairs(scenes, splits)

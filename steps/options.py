@@ -62,6 +62,7 @@ class Settings:
     demo_share: bool = setting(False, "With --demo: also make a public link.")
     arguments: list[str] = field(default_factory=list, init=False)  # as given, without the token
     rate_for: int = field(default=0, init=False)  # images per step of the recipe's rate; 0: a rate was given
+    split_otherwise: str = field(default="near-duplicates", init=False)  # the recipe's, if no split is given
 
 
 TRAINING = {  # fields of TrainingArguments: our default, help, name of the value; no help: not listed

@@ -72,7 +72,7 @@ def read_settings(arguments: list[str], recipes: dict[str, dict]) -> tuple[Setti
         stop(f"unknown argument {name}", nearest(name, known_names()))
     refuse_unfit(first, parser)
     check_torchvision()
-    parser.set_defaults(**suit_hardware(first) | recipe | {"learning_rate": None})
+    parser.set_defaults(**suit_hardware(first) | recipe | {"learning_rate": None, "split_by": None})
     try:
         with meeting():
             settings, training, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
@@ -180,7 +180,10 @@ def without_token(arguments: list[str]) -> list[str]:
 
 
 def prepare_training(settings: Settings, training: TrainingArguments, recipe: dict[str, Any]) -> None:
-    """Set what is the same in every run, and the recipe's learning rate if none was given."""
+    """Set what is the same in every run, and what the recipe says of learning rate and split if none is given.
+
+    A split that the data have is stronger than the recipe's, so it is known only later which one counts.
+    """
     if training.hub_token:  # where the Hub's client finds it, and no file of ours will hold it
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     training.remove_unused_columns = False  # the collator makes the model's inputs
@@ -190,6 +193,7 @@ def prepare_training(settings: Settings, training: TrainingArguments, recipe: di
     if training.learning_rate is None:
         training.learning_rate = recipe["learning_rate"]
         settings.rate_for = recipe["per_device_train_batch_size"]
+    settings.split_otherwise = recipe.get("split_by", settings.split_otherwise)
 
 
 def images_per_step(training: TrainingArguments) -> int:

@@ -23,14 +23,15 @@ def split_images(images: Dataset, scenes: Scenes, work: Workspace) -> DatasetDic
 
     A split that is already recorded there is used again. Raises SystemExit where no split is possible.
     """
-    path, shares, files = work.report / "split.csv", shares_of(work.settings), images["file"][:]
+    settings, files, path = work.settings, images["file"][:], work.report / "split.csv"
+    shares = shares_of(settings)
     if path.exists():
         split = lookup(read_table(path, ["file", "split"]).set_index("file")["split"], files)
         check_complete(split, files, work)
     else:
         split = make_split(images, scenes, work)
     check_split(images, split, shares)
-    if split_rule(images, work.settings.split_by) == "near-duplicates":
+    if split_rule(images, settings.split_by, settings.split_otherwise) == "near-duplicates":
         warn_of_shares(images, split, scenes.groups, shares)
     if not path.exists():
         names = np.array(images.features["label"].names)
@@ -59,27 +60,28 @@ def shares_of(settings: Settings) -> dict[str, float]:
     return {name: size for name, size in zip(SPLITS, sizes, strict=True) if size}
 
 
-def split_rule(images: Dataset, split_by: str | None) -> str:
-    """Return what was asked for, else "given" where the data have a split, else "near-duplicates"."""
-    return split_by or ("given" if "split" in images.column_names else "near-duplicates")
+def split_rule(images: Dataset, split_by: str | None, otherwise: str) -> str:
+    """Return what was asked for, else "given" where the data have a split, else what the recipe says."""
+    return split_by or ("given" if "split" in images.column_names else otherwise)
 
 
 def make_split(images: Dataset, scenes: Scenes, work: Workspace) -> np.ndarray:
     """Return the name of each image's split (n,): as given, as an earlier model had it, or dealt out."""
-    rule, shares = split_rule(images, work.settings.split_by), shares_of(work.settings)
+    settings, shares = work.settings, shares_of(work.settings)
+    rule = split_rule(images, settings.split_by, settings.split_otherwise)
     labels, names = np.array(images["label"][:]), images.features["label"].names
-    whole = kept_whole(scenes.groups, work.settings)
+    whole = kept_whole(scenes.groups, settings)
     fewest, scarce = min((len(set(whole[labels == label])), name) for label, name in enumerate(names))
-    if fewest < work.settings.cross_validate:
+    if fewest < settings.cross_validate:
         few = f"but only {fewest} groups of images of {scarce}"
         remedy = "give fewer folds: each tests every class"
-        stop(f"--cross_validate {work.settings.cross_validate}, {few}", remedy)
+        stop(f"--cross_validate {settings.cross_validate}, {few}", remedy)
     files, earlier = images["file"][:], find_earlier(work)
     before = lookup(earlier, files) if earlier is not None else np.array([])
     if rule == "given":
         split = complete(np.array(images["split"][:], dtype=object), labels, whole, work)
     elif (before != "").any():
-        log.info("the split of %s is kept, and new images are added", work.settings.model_name_or_path)
+        log.info("the split of %s is kept, and new images are added", settings.model_name_or_path)
         split = extend(before, labels, whole, work)
     else:
         total = np.bincount(labels, minlength=len(names))
@@ -165,7 +167,8 @@ def warn_of_shares(images: Dataset, split: np.ndarray, groups: pd.Series, shares
 
 def kept_whole(groups: pd.Series, settings: Settings) -> np.ndarray:
     """Return what a split must not divide: the groups, or for a random split each image by itself (n,)."""
-    return np.arange(len(groups)) if settings.split_by == "random" else groups.to_numpy()
+    random = (settings.split_by or settings.split_otherwise) == "random"
+    return np.arange(len(groups)) if random else groups.to_numpy()
 
 
 def deal(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:

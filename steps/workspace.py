@@ -10,6 +10,7 @@ import platform
 import shlex
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 from transformers import TrainerState, TrainingArguments
@@ -35,8 +36,8 @@ eval_accumulation_steps evaluate_train external_dir fp16 fp16_full_eval gradient
 hub_always_push hub_model_id hub_private_repo hub_revision hub_space_id hub_strategy hub_token
 include_for_metrics include_num_input_tokens_seen local_rank log_level log_level_replica log_on_each_node
 logging_first_step logging_steps logging_strategy metadata output_dir per_device_eval_batch_size
-per_device_train_batch_size project push_to_hub report_to resume_from_checkpoint run_name save_on_each_node
-save_total_limit tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+per_device_train_batch_size project push_to_hub rate_for report_to resume_from_checkpoint run_name
+save_on_each_node save_total_limit split_otherwise tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
 trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu""".split()
 
 
@@ -144,18 +145,27 @@ def record_of(work: Workspace) -> dict:
     code = [HERE.parent / "finetune_vit.py", *sorted(HERE.rglob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code if path.exists()))
     record = {"settings": dataclasses.asdict(work.settings), "training": work.training.to_dict()}
-    record |= {"derived": {"images_per_step": images_per_step(work.training)}, "versions": versions()}
+    record |= {"derived": derived(work.settings, work.training), "versions": versions()}
     return json.loads(json.dumps(record | {"script_sha256": digest.hexdigest()}))
+
+
+def derived(settings: Settings, training: TrainingArguments) -> dict[str, Any]:
+    """Return what several settings decide together, under the name of the flag that changes it."""
+    rate = f"{training.learning_rate:g}"
+    rate += f" with {settings.rate_for} images per step" if settings.rate_for else ""
+    split_by = settings.split_by or settings.split_otherwise
+    return {"images_per_step": images_per_step(training), "learning_rate": rate, "split_by": split_by}
 
 
 def changes(before: dict, now: dict) -> list[str]:
     """Name the settings that decide the result and differ between two records."""
-    return [
-        f"{key} was {before[part][key]}, is {now[part][key]}"
+    found = {
+        key: f"{key} was {before[part][key]}, is {now[part][key]}"
         for part in ("settings", "training", "derived")
         for key in sorted(before.get(part, {}).keys() & now[part].keys())
         if key not in MAY_DIFFER and not same_value(before[part][key], now[part][key])
-    ]
+    }
+    return [*found.values()]
 
 
 def is_trained(output_dir: Path) -> bool:

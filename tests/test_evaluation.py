@@ -167,7 +167,8 @@ def test_metrics_json_has_the_documented_shape(tmp_path, measured):
     trainer, splits, scenes = measured
     folder = tmp_path / "model"
     data = {"name": "images", "kvasir": False, "endoscopy": False}
-    record = {"settings": {"split_by": "random"}, "training": {"seed": 42}, "data": data}
+    settings = {"split_by": "random", "split_otherwise": "near-duplicates"}
+    record = {"settings": settings, "training": {"seed": 42}, "data": data}
     folder.mkdir(exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(record))
     (tmp_path / "pixels.json").write_text('{"images_per_second": 240.0}')
@@ -206,6 +207,7 @@ def summarised(measured, settings, training, log_history):
     """The content of metrics.json of a run with these settings and this history."""
     trainer, splits, scenes = measured
     folder = Path(trainer.args.output_dir)
+    settings = {"split_by": None, "split_otherwise": "near-duplicates"} | settings
     record = {"settings": settings, "training": training, "data": {"name": "images"}}
     write_json(folder / "settings.json", record)
     trainer.state.log_history = log_history
@@ -217,7 +219,7 @@ def summarised(measured, settings, training, log_history):
 def test_metrics_json_holds_no_path_of_this_machine(tmp_path, measured):
     private = tmp_path / "ward 7" / "patients.csv"
     settings = {
-        "split_by": None, "metadata": str(private), "data_dir": str(private.parent), "data_root": "~/data",
+        "split_by": None, "split_otherwise": "near-duplicates", "metadata": str(private), "data_dir": str(private.parent), "data_root": "~/data",
         "external_dir": "../elsewhere", "predict": None, "test_size": 0.2, "class_weights": True,
         "arguments": ["--metadata", str(private), f"--data_dir={private.parent}", "--seed", "1"],
     }  # fmt: skip

@@ -67,6 +67,19 @@ def test_difference_is_paired_and_relative_to_the_tutorial():
     assert found["accuracy"]["same"].startswith("+0.000 (-")
 
 
+def test_only_folds_that_both_runs_have_are_compared():
+    labels, groups = np.repeat([0, 1], 200), np.arange(400) // 4
+    folds = [
+        (rows, np.eye(2)[(labels[rows] + (rows % 5 == 0)) % 2], 1.0)
+        for rows in (np.arange(0, 400, 2), np.arange(1, 400, 2))
+    ]
+    right = [(rows, np.eye(2)[labels[rows]], 1.0) for rows, *_ in folds]
+    found = recipe.against_tutorial(
+        {"tutorial": {0: folds[:1]}, "some": {0: right}, "none": {0: right[1:]}}, labels, groups
+    )
+    assert found["accuracy"].str.split().str[0].to_dict() == {"some": "+0.200"}
+
+
 def test_the_interval_covers_the_luck_of_a_seed():
     labels = np.repeat([0, 1], 200)
     rows, groups = np.arange(400), np.arange(400) // 4

@@ -172,7 +172,11 @@ def test_a_given_split_is_taken_unless_another_rule_is_asked_for(images, tmp_pat
     for rule in ("near-duplicates", "random"):
         own = split_images(named, alone(images), work_in(tmp_path / rule, Settings(split_by=rule)))
         assert own.num_rows == {"train": 243, "validation": 52, "test": 52}
-    rules = [(None, "near-duplicates"), ("random", "near-duplicates"), (None, "random")]  # of flags, of a recipe
+    rules = [
+        (None, "near-duplicates"),
+        ("random", "near-duplicates"),
+        (None, "random"),
+    ]  # of flags, of a recipe
     assert [split_rule(named, *rule) for rule in rules] == ["given", "random", "given"]
     assert [split_rule(images, *rule) for rule in rules] == ["near-duplicates", "random", "random"]
 

@@ -58,7 +58,10 @@ def begun(tmp_path, flags, request):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (["--learning_rate", "1e-4"], "settings: learning_rate was 4e-05 with 64 images per step, is 0.0001;"),
+        (
+            ["--learning_rate", "1e-4"],
+            "settings: learning_rate was 4e-05 with 64 images per step, is 0.0001;",
+        ),
         (["--learning_rate", "4e-5"], "settings: learning_rate was 4e-05 with 64 images per step, is 4e-05;"),
         (["--split_by", "random"], "settings: split_by was near-duplicates, is random;"),
         (["--seed", "1"], "seed was 42, is 1"),

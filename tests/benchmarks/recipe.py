@@ -285,16 +285,21 @@ def calibrated(parts: list, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def against_tutorial(results: dict, labels: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
     """Return differences from the run `tutorial`, with 95 % intervals over groups, means of shared seeds.
 
-    For divisions into folds, which test each image once; `results` as for `summarise`. The intervals are
-    those of --compare; that of ECE is a jackknife over groups, without a group that was not seen.
+    For divisions into folds, which test each image once, and the folds that both runs have; `results` as for
+    `summarise`. The intervals are those of --compare; that of ECE is a jackknife over groups, without a group
+    that was not seen.
     """
     table = {}
     for run in results.keys() - {"tutorial"}:
         differences = defaultdict(list)
         for seed in sorted(results[run].keys() & results["tutorial"].keys()):
-            answers = []
-            for name in ("tutorial", run):
-                rows, probabilities = calibrated(results[name][seed], labels)
+            both, answers = (results["tutorial"][seed], results[run][seed]), []
+            tested = set.intersection(*({part[0].tobytes() for part in parts} for parts in both))
+            if not tested:
+                continue
+            for parts in both:
+                shared = [part for part in parts if part[0].tobytes() in tested]
+                rows, probabilities = calibrated(shared, labels)
                 answers.append(Answers(probabilities.argmax(1), probabilities))
             group = np.unique(groups[rows], return_inverse=True)[1]
             images = Images(labels[rows], group, labels.max() + 1)
@@ -303,7 +308,7 @@ def against_tutorial(results: dict, labels: np.ndarray, groups: np.ndarray) -> p
             (before, parts_before), (now, parts_now) = (ece_parts(images, one) for one in answers)
             difference = now - before, parts_now - parts_before
             differences["ece"].append([*t_interval(difference, 0.0, 1.0).values()])
-        for metric in ("macro_f1", "log_loss", "ece", "accuracy"):
+        for metric in ("macro_f1", "log_loss", "ece", "accuracy") if differences else ():
             value, low, high = np.mean(differences[metric], axis=0)
             table.setdefault(run, {})[metric] = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
     return pd.DataFrame(table).T

@@ -180,7 +180,7 @@ def without_token(arguments: list[str]) -> list[str]:
 
 
 def prepare_training(settings: Settings, training: TrainingArguments, recipe: dict[str, Any]) -> None:
-    """Set what is the same in every run, and what the recipe says of learning rate and split if none is given.
+    """Set what is the same in every run, and the recipe's learning rate and split, if none is given.
 
     A split that the data have is stronger than the recipe's, so it is known only later which one counts.
     """

@@ -37,8 +37,9 @@ hub_always_push hub_model_id hub_private_repo hub_revision hub_space_id hub_stra
 include_for_metrics include_num_input_tokens_seen local_rank log_level log_level_replica log_on_each_node
 logging_first_step logging_steps logging_strategy metadata output_dir per_device_eval_batch_size
 per_device_train_batch_size project push_to_hub rate_for report_to resume_from_checkpoint run_name
-save_on_each_node save_total_limit split_otherwise tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
-trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu""".split()
+save_on_each_node save_total_limit split_otherwise tf32 torch_compile torch_compile_backend
+torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
+trackio_static_space_id use_cpu""".split()
 
 
 @dataclasses.dataclass

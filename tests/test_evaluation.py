@@ -219,7 +219,8 @@ def summarised(measured, settings, training, log_history):
 def test_metrics_json_holds_no_path_of_this_machine(tmp_path, measured):
     private = tmp_path / "ward 7" / "patients.csv"
     settings = {
-        "split_by": None, "split_otherwise": "near-duplicates", "metadata": str(private), "data_dir": str(private.parent), "data_root": "~/data",
+        "split_by": None, "split_otherwise": "near-duplicates", "metadata": str(private),
+        "data_dir": str(private.parent), "data_root": "~/data",
         "external_dir": "../elsewhere", "predict": None, "test_size": 0.2, "class_weights": True,
         "arguments": ["--metadata", str(private), f"--data_dir={private.parent}", "--seed", "1"],
     }  # fmt: skip

@@ -68,8 +68,8 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
                 reason = "archives: give one as --data_url, or unpack them"
             if reason == "" and not os.path.isfile(path):
                 reason = "broken links or special files"
-            elif reason == "" and re.search(f"::|://|{NO_TEXT}", path):  # taken for a URL, or not UTF-8
-                reason = "names that `datasets` cannot take"
+            elif reason == "" and (re.search(f"::|://|{NO_TEXT}", path) or os.path.expandvars(path) != path):
+                reason = "names that `datasets` cannot take"  # taken for a URL or variable, or not UTF-8
             if reason:
                 left_out[path] = reason
             elif reason is not None:

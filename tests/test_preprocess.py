@@ -419,7 +419,7 @@ def test_hostile_file_names_are_read(make_images, kept):
     assert len(pixels) == 9 + len(HOSTILE_NAMES)
 
 
-@pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"x.zip::y.jpg", b"gone.jpg", b"pipe.jpg"])
+@pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"x.zip::y.jpg", b"$PATH.jpg", b"gone.jpg", b"pipe.jpg"])
 def test_names_that_cannot_be_taken_are_left_out_by_name(tmp_path, make_images, kept, caplog, name):
     folder = make_images(count=3)
     path = os.path.join(os.fsencode(folder / "red"), name)

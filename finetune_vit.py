@@ -70,7 +70,7 @@ RECIPES = {
         "linear_probe": False,
         "class_weights": False,
         "augment": "",
-        "split_by": "random",
+        "split_by": "random",  # if your data have no split of their own
         "validation_size": 0.0,  # the test images choose the epoch, which flatters the score
         "metric_for_best_model": "accuracy",
     },

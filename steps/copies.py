@@ -76,10 +76,10 @@ def cut_cells(picture: np.ndarray) -> np.ndarray:
 def near_pairs(first: Views, second: Views) -> pd.DataFrame:
     """Return the near-duplicates, nearest first: pictures a in first, b in second, `distance` up to NEAR.
 
-    The distance is 1 - the correlation of the cells without the mean of `second`, one picture mirrored or
-    turned by quarters. Or, if less, NEAR * ENOUGH / the number of landmarks that both share, counted for the
-    20 most alike pictures. Where first is second, a < b. By cells, each `a` has at most 100 partners: a video
-    has more.
+    The smaller of two measures counts. By cells: 1 - their correlation after the mean cells of `second` are
+    taken off, the highest of eight mirrorings and quarter turns; at most 100 partners of an `a`: a video has
+    more. By landmarks: NEAR * ENOUGH / the number that both share; looked at only in the 20 pictures that are
+    most alike. Where first is second, a < b.
     """
     copies, alike = compare_cells(first, second)
     found = [same_colour(first, second), copies, compare_landmarks(first, second, alike)]

@@ -31,8 +31,8 @@ def rank(labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray) -> di
 def rank_block(positive: np.ndarray, scores: np.ndarray, group: np.ndarray) -> dict[str, tuple]:
     """Return what `rank` does, of some classes: `positive`, bool, and `scores` are (classes, n).
 
-    Each row is sorted once. Of an image only this counts: how many positive and how many negative ones score
-    less than it, and how many as much.
+    Each row is sorted once. All that matters of an image is how many positive and how many negative ones
+    score below it, and how many tie with it.
     """
     rows, order = np.arange(len(scores))[:, None], np.argsort(scores, axis=1)
     scores, positive = scores[rows, order], positive[rows, order]

@@ -78,7 +78,7 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
     results["calibration"] = calibration(*truth_of(parts["test"], class_names), groups, temperature)
     uncovered = {name: results["test"][name]["value"] for name in ("accuracy", "macro_f1")}
     results["shortcuts"] = {"nothing": uncovered} | cover_shortcuts(trainer, splits["test"])
-    asked = (record["settings"][name] for name in ("split_by", "split_otherwise"))
+    asked = record["settings"]["split_by"], record["settings"].get("split_otherwise", "near-duplicates")
     results["split"] = {"by": split_rule(splits["test"], *asked)} | splits.num_rows
     if results["split"]["by"] == "given":
         results["split"]["given"] = {name: sorted(set(part["split"][:])) for name, part in splits.items()}
@@ -98,9 +98,9 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
 
 
 def measure(parts: dict[str, pd.DataFrame], scenes: Scenes, class_names: list[str]) -> dict:
-    """Return the scores of each split and of the test's classes, and what accuracy is compared with.
+    """Return the scores of each split and of the test's classes, and for two classes "operating_points".
 
-    For two classes also "operating_points".
+    "most_frequent" has the accuracy of always answering the most frequent class.
     """
     tables = {name: parts[name] for name in reversed(SPLITS) if name in parts}
     scored = {name: score_split(table, scenes.groups, class_names) for name, table in tables.items()}

@@ -109,9 +109,10 @@ def guarded(trainer: Trainer, training: TrainingArguments) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as problem:
         remedy = "--gradient_checkpointing true needs less"
-        if batch := trainer.args.per_device_train_batch_size // 2:
-            steps = training.per_device_train_batch_size * training.gradient_accumulation_steps // batch
-            halves = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {steps}"
+        if half := trainer.args.per_device_train_batch_size // 2:
+            each = training.per_device_train_batch_size * training.gradient_accumulation_steps
+            batch = next(size for size in range(half, 0, -1) if each % size == 0)
+            halves = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {each // batch}"
             remedy = f"{halves} need half of it and train the same"
         stop(str(problem).split(".")[0], remedy)
     finally:

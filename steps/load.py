@@ -152,20 +152,13 @@ def absolute(files: Iterable[str], folder: Path) -> list[str]:
 def attach_labels(images: Dataset, table: pd.DataFrame, folder: Path) -> Dataset:
     """Return the table as a `Dataset`, with `label` a ClassLabel of the sorted names.
 
-    `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing, or if
-    there is only one class.
+    `images` is what `load_dataset` made of its files. Raises SystemExit where one is missing.
     """
     images = images.cast_column("image", datasets.Image(decode=False))
     taken = {image["path"] for image in images["image"][:]}
     if lacking := [path for path in absolute(table["file"], folder) if path not in taken]:
         stop(f"`datasets` does not take {below(lacking[0], folder)}", "rename it")
-    names = sorted(set(table["label"]))
-    if len(names) < 2:
-        inside, remedy = folder / names[0], "give a folder that holds one folder for each class"
-        if inside.is_dir() and any(entry.is_dir() for entry in visible(inside)):
-            remedy = f"give --data_dir {inside}"
-        stop(f"{folder} holds one class only: {names[0]}", remedy)
-    return as_dataset(table, names)
+    return as_dataset(table, sorted(set(table["label"])))
 
 
 def as_dataset(table: pd.DataFrame, names: list[str]) -> Dataset:
@@ -211,7 +204,16 @@ def count_classes(images: Dataset) -> dict[str, int]:
 
 
 def record_data(images: Dataset, folder: Path, origin: dict[str, Any], work: Workspace) -> None:
-    """Note the images in settings.json; if they changed, forget the split; SystemExit if trained."""
+    """Note the images in settings.json. If they changed, forget the split, or stop if a model was trained.
+
+    Raises SystemExit then, and where there is only one class.
+    """
+    name, *others = images.features["label"].names
+    if not others:
+        inside, remedy = folder / name, "give a folder that holds one folder for each class"
+        if inside.is_dir() and any(entry.is_dir() for entry in visible(inside)):
+            remedy = f"give --data_dir {inside}"
+        stop(f"{folder} holds one class only: {name}", remedy)
     sizes = [os.stat(folder / file).st_size for file in images["file"][:]]
     known = [images[name][:] for name in ("split", "group") if name in images.column_names]
     listing = json.dumps([images["file"][:], images["label"][:], sizes, *known]).encode()
@@ -225,9 +227,8 @@ def record_data(images: Dataset, folder: Path, origin: dict[str, Any], work: Wor
     before = record.get("data", {})
     if before and before["files_sha256"] != data["files_sha256"]:
         if is_trained(work.output_dir):
-            remedy = f"use another --output_dir, or delete {work.output_dir}"
-            what = "images, labels, splits or patients"
-            stop(f"{work.output_dir} was made from other {what} than those in {folder}", remedy)
+            made = f"{work.output_dir} was made from other images, labels, splits or patients"
+            stop(f"{made} than those in {folder}", f"use another --output_dir, or delete {work.output_dir}")
         forget_split(work)
     if before != data:
         write_json(path, record | {"data": data})

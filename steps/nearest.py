@@ -109,7 +109,8 @@ def nearest_first(first: np.ndarray, second: np.ndarray, best: "Best") -> Iterat
 class Best:
     """The best pairs so far of the pictures `rows` (n,): a, a number below n; b, a row number; how alike.
 
-    A pair must reach the `floor`, float32 (n, 1), of its a; one that just does so must have a b below `last`.
+    A pair must reach the `floor`, float32 (n, 1), of its a. Of pairs exactly at the floor only those with a b
+    below `last`, int (n,), count: ties go to the lowest b.
     """
 
     def __init__(self, rows: np.ndarray, wanted: Wanted) -> None:

@@ -23,7 +23,7 @@ from .environment import bear_lack_of_locks, keep_caches, meeting, plain_paths, 
 from .options import EXAMPLE, TRAINING, WORDS, Settings
 
 SMALL = 8  # images per step: fewer need no lower rate
-PASS = 32  # images that a CPU passes at once: more are no faster, but may fill the memory
+PASS = 32  # images that are passed at once without CUDA: more are no faster, but may fill the memory
 USAGE = "usage: python finetune_vit.py [--config FILE] [--SETTING VALUE ...]"
 
 
@@ -212,11 +212,11 @@ def for_trainer(training: TrainingArguments, images: int, settings: Settings) ->
     training, batch = copy.copy(training), training.per_device_train_batch_size
     training.save_total_limit, training.disable_tqdm = None, True
     each = batch * training.gradient_accumulation_steps  # per device and step
-    if settings.min_steps and training.max_steps <= 0:
+    if settings.min_steps and training.max_steps <= 0 < training.num_train_epochs:
         most = int(images * training.num_train_epochs / settings.min_steps)
         most = max(1, most // (images_per_step(training) // each))
-        each = min(each, 2 ** (most.bit_length() - 1))
-    batch = math.gcd(each, batch)
+        if (fewer := 2 ** (most.bit_length() - 1)) < each:
+            each, batch = fewer, min(fewer, 2 ** (batch.bit_length() - 1))
     if training.device.type != "cuda" and batch % PASS == 0:
         batch = PASS
     training.per_device_train_batch_size, training.gradient_accumulation_steps = batch, each // batch

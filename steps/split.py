@@ -70,7 +70,7 @@ def make_split(images: Dataset, scenes: Scenes, work: Workspace) -> np.ndarray:
     settings, shares = work.settings, shares_of(work.settings)
     rule = split_rule(images, settings.split_by, settings.split_otherwise)
     labels, names = np.array(images["label"][:]), images.features["label"].names
-    whole = kept_whole(scenes.groups, settings)
+    whole = kept_whole(scenes.groups, rule)
     fewest, scarce = min((len(set(whole[labels == label])), name) for label, name in enumerate(names))
     if fewest < settings.cross_validate:
         few = f"but only {fewest} groups of images of {scarce}"
@@ -165,10 +165,9 @@ def warn_of_shares(images: Dataset, split: np.ndarray, groups: pd.Series, shares
                 log.warning(text, name, 100 * size, reason, listed(held))
 
 
-def kept_whole(groups: pd.Series, settings: Settings) -> np.ndarray:
+def kept_whole(groups: pd.Series, rule: str) -> np.ndarray:
     """Return what a split must not divide: the groups, or for a random split each image by itself (n,)."""
-    random = (settings.split_by or settings.split_otherwise) == "random"
-    return np.arange(len(groups)) if random else groups.to_numpy()
+    return np.arange(len(groups)) if rule == "random" else groups.to_numpy()
 
 
 def deal(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
@@ -199,7 +198,8 @@ def cut_folds(splits: DatasetDict, groups: pd.Series, work: Workspace) -> list[D
     """Return a division of all images per fold: fold k tests, fold k + 1 validates, the others train."""
     images = datasets.concatenate_datasets([splits[name] for name in SPLITS])
     images, folds = images.select(np.argsort(images["file"][:])), work.settings.cross_validate
-    whole = kept_whole(groups[images["file"][:]], work.settings)
+    rule = split_rule(images, work.settings.split_by, work.settings.split_otherwise)
+    whole = kept_whole(groups[images["file"][:]], rule)
     part = deal(np.array(images["label"][:]), whole, [1 / folds] * folds, work.training.seed)
     roles = (
         np.select([part == fold, part == (fold + 1) % folds], ["test", "validation"], "train")

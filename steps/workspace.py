@@ -127,12 +127,15 @@ def keep_on_drive(settings: Settings, training: TrainingArguments, drive: Path) 
     return home
 
 
-def claim(folder: Path) -> filelock.BaseFileLock:
-    """Lock `folder` until this process ends, however it ends. Raises SystemExit if another run has it."""
+def claim(folder: Path) -> filelock.BaseFileLock | None:
+    """Lock `folder` until this process ends, however it ends. Raises SystemExit if another run has it.
+
+    Under torchrun the main process does so for all: while others looked for locks it would find one.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_of(folder, timeout=0)
-        if MAIN:
+        lock = lock_of(folder, timeout=0) if MAIN else None
+        if lock:
             lock.acquire()
     except filelock.Timeout:
         stop(f"another run is at work in {folder}", "wait for its end, or choose another --output_dir")
@@ -154,7 +157,7 @@ def derived(settings: Settings, training: TrainingArguments) -> dict[str, Any]:
     """Return what several settings decide together, under the name of the flag that changes it."""
     rate = f"{training.learning_rate:g}"
     rate += f" with {settings.rate_for} images per step" if settings.rate_for else ""
-    split_by = settings.split_by or settings.split_otherwise
+    split_by = settings.split_by or f"given, else {settings.split_otherwise}"
     return {"images_per_step": images_per_step(training), "learning_rate": rate, "split_by": split_by}
 
 
@@ -171,13 +174,14 @@ def changes(before: dict, now: dict) -> list[str]:
 
 def is_trained(output_dir: Path) -> bool:
     """Say whether the folder holds what training made: its settings are then settled."""
-    return (output_dir / "model.safetensors").exists() or any(output_dir.glob("checkpoint-*"))
+    made = ("model.safetensors", "checkpoint-*", "fold-*/predictions.csv", "fold-*/checkpoint-*")
+    return any(path for name in made for path in output_dir.glob(name))
 
 
 def forget_split(work: Workspace) -> None:
     """Delete what other settings made before anything was trained: it takes seconds to make again."""
     if MAIN:
-        for name in ("split.csv", "near_duplicates.csv"):
+        for name in ("split.csv", "near_duplicates.csv", "cross_validation.csv"):
             remove(work.report / name)
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 
 from steps.archives import unpack
 from steps.archive_formats import is_archive
+from steps.load import record_data
 from steps.options import Settings
 
 
@@ -389,7 +390,7 @@ def test_one_class_in_a_wrapping_folder_is_called_so(tmp_path, make_images):
     path = shutil.make_archive(tmp_path / "one", "zip", tmp_path / "wrapped")
     folder = locate_images(Settings(data_url=path, data_root=str(tmp_path / "data")))
     with pytest.raises(SystemExit, match="holds one class only"):
-        load_images(folder)
+        record_data(load_images(folder), folder, {}, None)
 
 
 PARTS = st.sampled_from(

@@ -39,6 +39,10 @@ def first(callback):
         ),
         (["--min_steps", "20"], 8, "--per_device_train_batch_size 4 --gradient_accumulation_steps 4"),
         (["--min_steps", "999"], 1, ""),
+        (
+            ["--per_device_train_batch_size", "15"], 15,
+            "--per_device_train_batch_size 5 --gradient_accumulation_steps 3",
+        ),
     ],
 )  # fmt: skip
 def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch, flags, images, halves):
@@ -57,7 +61,7 @@ def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch, flags,
         start("model", *flags, hook=hook).fine_tune()
     advised, args = start("halves", *flags, *halves.split()).build().args, trainers[0].args
     assert images_per_step(advised) == images_per_step(args) == images  # it makes the same steps
-    assert advised.per_device_train_batch_size == max(1, args.per_device_train_batch_size // 2)
+    assert advised.per_device_train_batch_size <= max(1, args.per_device_train_batch_size // 2)
 
 
 class StopAt(TrainerCallback):
@@ -99,6 +103,18 @@ def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(tmp_path, star
     assert same_weights(whole, tmp_path / "cut")
     speeds = [entry for entry in trainer.state.log_history if "train_images" in entry]
     assert len(speeds) == 4
+
+
+def test_a_new_model_gets_no_numbers_of_one_that_was_deleted(tmp_path, start):
+    report = tmp_path / "model" / "report"
+    start("model", "--num_train_epochs", "0", "--linear_probe", "true").fine_tune()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    report.mkdir(exist_ok=True)
+    of_both = {"split.csv", "near_duplicates.csv", "left_out.csv"}
+    for name in (*of_both, "predictions.csv", "external-x-1.csv", "metrics.json", "roc.png"):
+        (report / name).touch()
+    start("model", "--num_train_epochs", "0", "--linear_probe", "true").fine_tune()
+    assert {file.name for file in report.iterdir()} == of_both
 
 
 def test_a_run_with_a_linear_probe_goes_on_to_the_bit_and_fits_it_once(tmp_path, start, cut, caplog):

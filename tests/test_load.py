@@ -83,7 +83,7 @@ def test_folders_that_mislead_are_refused(tmp_path, make_images, damage, message
     folder = make_images(count=2)
     damage(folder)
     with pytest.raises(SystemExit, match=message) as stopped:
-        load_images(folder)
+        record_data(load_images(folder), folder, {}, None)
     assert "\n" not in str(stopped.value)
 
 
@@ -261,6 +261,12 @@ def test_images_from_elsewhere_have_known_classes_and_our_labels(tmp_path, make_
         load_external(["cat", "dog"], work)
 
 
+def test_images_from_elsewhere_may_be_of_one_class(tmp_path, make_images):
+    work = make_work(["--external_dir", make_images("elsewhere", 2, ["blue"])])
+    work.settings.data_root = str(tmp_path / "data")
+    assert load_external(["red", "blue"], work)[0]["label"][:] == [1, 1]
+
+
 def test_images_from_elsewhere_may_lie_in_folders_of_patients(tmp_path, make_images):
     make_images("elsewhere/anna", 2, ("blue", "red"))
     work = make_work(["--external_dir", make_images("elsewhere/bert", 2, ("blue",)).parent])
@@ -296,4 +302,4 @@ def test_classes_whose_names_look_alike_are_one_line(tmp_path, make_images, othe
 def test_a_folder_too_high_is_named(tmp_path, make_images):
     folder = make_images("pets/pictures", 2)
     with pytest.raises(SystemExit, match="holds one class only: pictures; give --data_dir .*/pets/pictures"):
-        load_images(folder.parent)
+        record_data(load_images(folder.parent), folder.parent, {}, None)

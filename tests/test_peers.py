@@ -25,8 +25,9 @@ def test_the_split_becomes_folders_of_links(tmp_path):
         path = tmp_path / "images" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(file)
-    for _ in range(2):  # the second time all is there
-        lay_out(SPLIT, tmp_path / "images", tmp_path / "out")
+    another = SPLIT.assign(split=[*SPLIT["split"][1:], "train"])
+    for split in (another, SPLIT):  # nothing is left of the other one
+        lay_out(split, tmp_path / "images", tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").glob("*/*/*")}
     assert {name: path.read_text() for name, path in found.items()} == {
         "train/001/000000.jpg": "b/x.JPG",
@@ -57,11 +58,13 @@ def test_seconds_are_told_apart_by_what_a_program_prints(tmp_path):
     )
     found = run([sys.executable, "-uc", code], tmp_path / "log.txt", ("go", "done"))
     assert 0.3 < found["before, s"] and 0.6 <= found["training, s"] and 0 <= found["after, s"]
-    assert found["peak bytes"] > 50 << 20
     answered = run([sys.executable, "-c", "print(1)"], tmp_path / "log.txt")
+    assert found["peak bytes"] - answered["peak bytes"] > 40 << 20
+    with pytest.raises(RuntimeError, match=r"^it never printed 'done'$"):
+        run([sys.executable, "-c", "print('go')"], tmp_path / "log.txt", ("go", "done"))
     both = join(found, answered)
     assert both["after, s"] == found["after, s"] + answered["before, s"]
-    assert (tmp_path / "log.txt").read_text() == "go\ndone\n1\n"
+    assert (tmp_path / "log.txt").read_text() == "go\ndone\n1\ngo\n"
     with pytest.raises(RuntimeError, match=r"^ValueError: no such luck$"):
         run([sys.executable, "-c", "raise ValueError('no such luck')"], tmp_path / "log.txt")
 

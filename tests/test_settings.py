@@ -209,6 +209,8 @@ def test_precision_follows_the_hardware(monkeypatch, device_type, capability, am
         (["--per_device_train_batch_size", "32"], 5600, 32, 2.83e-5),
         (["--per_device_train_batch_size", "12"], 5600, 12, 1.73e-5),
         (["--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "4"], 10**5, 128, 5.66e-5),
+        (["--per_device_train_batch_size", "100"], 3000, 64, 4e-5),
+        (["--num_train_epochs", "0"], 20, 64, 4e-5),
         (["--max_steps", "20"], 20, 64, 4e-5),
         (["--min_steps", "0"], 20, 64, 4e-5),
         (["--recipe", "tutorial"], 20, 16, 2e-5),
@@ -220,7 +222,7 @@ def test_images_per_step_and_rate_follow_the_number_of_images(right_flags, flags
     settings, given = read_settings([*right_flags, *flags])
     training = for_trainer(given, images, settings)
     assert (images_per_step(training), training.learning_rate) == (per_step, rate)
-    if settings.min_steps and training.max_steps <= 0:
+    if settings.min_steps and training.max_steps <= 0 < training.num_train_epochs:
         assert training.per_device_train_batch_size == min(per_step, 32)
         least = images * training.num_train_epochs / per_step
         assert per_step == 1 or least >= 150

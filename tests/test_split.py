@@ -83,8 +83,8 @@ def test_split_is_the_same_everywhere_and_follows_the_seed():
 
 def test_random_split_divides_groups_and_the_other_does_not(images):
     groups = pd.Series(np.arange(len(images)) // 4, images["file"][:])
-    assert pd.Series(kept_whole(groups, RANDOM)).is_unique
-    assert (kept_whole(groups, Settings()) == groups).all()
+    assert pd.Series(kept_whole(groups, "random")).is_unique
+    assert (kept_whole(groups, "near-duplicates") == groups).all()
 
 
 def test_straddling_pairs_are_counted_and_said(images, tmp_path, caplog):
@@ -172,6 +172,12 @@ def test_a_given_split_is_taken_unless_another_rule_is_asked_for(images, tmp_pat
     for rule in ("near-duplicates", "random"):
         own = split_images(named, alone(images), work_in(tmp_path / rule, Settings(split_by=rule)))
         assert own.num_rows == {"train": 243, "validation": 52, "test": 52}
+    settings = Settings(cross_validate=3)
+    settings.split_otherwise, fours = "random", pd.Series(np.arange(347) // 4, images["file"][:])
+    splits = split_images(named, Scenes(NO_PAIRS, fours), work := work_in(tmp_path / "recipe", settings))
+    assert splits["test"]["file"][:] == images["file"][2::3]
+    for fold in cut_folds(splits, fours, work):  # a recipe's random split is not for these data
+        assert not {*fours[fold["test"]["file"][:]]} & {*fours[fold["train"]["file"][:]]}
     rules = [
         (None, "near-duplicates"),
         ("random", "near-duplicates"),

@@ -45,13 +45,13 @@ def test_settings_are_recorded_without_the_token(tmp_path, flags):
     assert "hf_marked_secret" not in text
 
 
-@pytest.fixture(params=["checkpoint-3", "model.safetensors"])
+@pytest.fixture(params=["checkpoint-3", "model.safetensors", "fold-1-of-3/predictions.csv"])
 def begun(tmp_path, flags, request):
     """The flags of a run that was trained."""
     work = open_workspace(*read_settings(flags))
     work.report.mkdir()
     (work.report / "split.csv").touch()
-    (work.output_dir / request.param).mkdir()
+    (work.output_dir / request.param).mkdir(parents=True)
     return flags
 
 
@@ -63,7 +63,7 @@ def begun(tmp_path, flags, request):
             "settings: learning_rate was 4e-05 with 64 images per step, is 0.0001;",
         ),
         (["--learning_rate", "4e-5"], "settings: learning_rate was 4e-05 with 64 images per step, is 4e-05;"),
-        (["--split_by", "random"], "settings: split_by was near-duplicates, is random;"),
+        (["--split_by", "random"], "settings: split_by was given, else near-duplicates, is random;"),
         (["--seed", "1"], "seed was 42, is 1"),
         (["--test_size", "0.2"], "test_size was 0.15, is 0.2"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),

@@ -68,6 +68,8 @@ def run(flags: list[str], report: Path) -> pd.DataFrame:
             for step, words in STEPS.items():
                 if step not in rows and re.search(words, line):
                     rows[step] = used(process)
+    if process.returncode:
+        sys.exit(f"error: the script ended with status {process.returncode}; its last words are above")
     return pd.DataFrame.from_dict(rows, "index", columns=["CPU s", "peak GB"])
 
 

@@ -36,15 +36,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def lay_out(split: pd.DataFrame, images: Path, folder: Path) -> None:
     """Link the images of a report/split.csv as folder/SPLIT/CLASS/NUMBER.EXT, and list the classes.
 
-    CLASS is the number of the class and NUMBER that of the row, so no name clashes or sorts otherwise.
+    CLASS is the number of the class and NUMBER that of the row, so no name clashes or sorts otherwise. What
+    was there before is deleted: links of another split.
     """
+    shutil.rmtree(folder, ignore_errors=True)
     classes = sorted(split["label"].unique())
     for number, row in enumerate(split.itertuples()):
         name = f"{number:06d}{Path(row.file).suffix.lower()}"
         link = folder / row.split / f"{classes.index(row.label):03d}" / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.hardlink_to(images / row.file)
+        link.hardlink_to(images / row.file)
     (folder / "classes.txt").write_text("".join(f"{number:03d}\n" for number in range(len(classes))))
 
 

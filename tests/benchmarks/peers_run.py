@@ -28,8 +28,8 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def watch(process: psutil.Process, ended: threading.Event, sizes: list[int]) -> None:
-    """Every two seconds note the memory (PSS, in bytes) of a process and its children."""
-    while not ended.wait(2):
+    """Now and every half a second note the memory (PSS, in bytes) of a process and its children."""
+    while not sizes or not ended.wait(0.5):
         sizes.append(add_up(process, lambda one: one.memory_full_info().pss))
 
 
@@ -37,7 +37,8 @@ def run(command: list, log: Path, trained: tuple[str, ...] = (), **options) -> d
     """Run a command; return its seconds and CPU seconds before, in and after training, and its peak bytes.
 
     `trained`: what it prints when training begins, and when it has ended; without that all is "before".
-    `options` are those of subprocess.Popen. Raises RuntimeError with the last line if the command fails.
+    `options` are those of subprocess.Popen. Raises RuntimeError if the command fails, with its last line, or
+    never prints what `trained` says.
     """
     begun, sizes, ended, marks = time.perf_counter(), [], threading.Event(), [(0.0, 0.0)]
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -45,23 +46,26 @@ def run(command: list, log: Path, trained: tuple[str, ...] = (), **options) -> d
     family = psutil.Process(process.pid)
     watcher = threading.Thread(target=watch, args=(family, ended, sizes))
     watcher.start()
-    last, words = "", [*trained, "$ "]  # no line has a blank after its end
-    with log.open("a", buffering=1) as file:
-        for line in process.stdout:
-            file.write(line)
-            last = line.strip() or last
-            if re.search(words[len(marks) - 1], line):
-                marks.append((time.perf_counter() - begun, add_up(family, cpu_seconds)))
-    ended.set()
-    watcher.join()
+    last, words = "", [*trained]
+    try:
+        with log.open("a", buffering=1) as file:
+            for line in process.stdout:
+                file.write(line)
+                last = line.strip() or last
+                if words and re.search(words[0], line):
+                    words.pop(0)
+                    marks.append((time.perf_counter() - begun, add_up(family, cpu_seconds)))
+    finally:
+        ended.set()
+        watcher.join()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(last or f"exit status {process.returncode}")
+    if words:
+        raise RuntimeError(f"it never printed {words[0]!r}")
     marks.append((time.perf_counter() - begun, usage.ru_utime + usage.ru_stime))
-    found = {
-        "peak bytes": max([usage.ru_maxrss * 1024, *sizes])
-    }  # the largest process alone, or all together
+    found = {"peak bytes": max(sizes)}
     for phase, before, after in zip(PHASES, marks, marks[1:], strict=False):
         found[f"{phase}, s"], found[f"{phase}, CPU s"] = after[0] - before[0], after[1] - before[1]
     return found

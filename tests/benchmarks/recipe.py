@@ -290,7 +290,9 @@ def against_tutorial(results: dict, labels: np.ndarray, groups: np.ndarray) -> p
     that was not seen.
     """
     table = {}
-    for run in results.keys() - {"tutorial"}:
+    for run in results:
+        if run == "tutorial":
+            continue
         differences = defaultdict(list)
         for seed in sorted(results[run].keys() & results["tutorial"].keys()):
             both, answers = (results["tutorial"][seed], results[run][seed]), []
@@ -398,6 +400,9 @@ def main() -> None:
             for run in options.runs:
                 path = options.results / f"{options.protocol}_{run}_{seed}_{fold}.npz".replace(" ", "-")
                 if path.exists():
+                    with np.load(path) as kept:
+                        if not np.array_equal(kept["rows"], tested):
+                            sys.exit(f"error: {path} tested other images; choose another --results")
                     continue
                 own, pixels = processor, images
                 if "+336" in RUNS[run]:

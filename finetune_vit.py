@@ -76,7 +76,7 @@ RECIPES = {
     },
 }
 RECIPES["fast"] = RECIPES["default"] | {"num_train_epochs": 0.0}  # the fitted head alone
-RECIPES["best"] = RECIPES["default"] | {"num_train_epochs": 15.0}  # for few images
+RECIPES["best"] = RECIPES["default"] | {"num_train_epochs": 15.0, "min_steps": 560}  # for few images
 
 # %%
 from steps.console import MAIN, listed, log, start_logging

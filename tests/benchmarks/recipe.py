@@ -108,6 +108,8 @@ RUNS = {  # flags; what begins with + is done here, as it is no setting of the s
     "tutorial, probe, 8 images a step, same rate": [*PROBE, *of(8), "--learning_rate", "2e-5"],
     "fast": ["--recipe", "fast"],
     "default": [],
+    "default, 8 images a step": of(8),
+    "default, 64 images a step": of(64),
     "default, turns": ["--augment", "flip,turn"],
     "default, class weights": ["--class_weights"],
     "default, layer decay": ["--layer_decay", "0.85"],

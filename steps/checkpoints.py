@@ -15,12 +15,6 @@ from .console import MAIN, close_screen, log, retry, stop
 from .files import atomic, need_space, read_json, remove, sha256_of, write_json
 
 NEEDED = {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}  # to resume
-OF_A_MODEL = (
-    "predictions.csv",
-    "external-*.csv",
-    "metrics.json",
-    "*.png",
-)  # in its report, found again there
 
 
 class SafeCheckpoints(TrainerCallback):
@@ -139,8 +133,7 @@ def newest_checkpoint(training: TrainingArguments) -> str | None:
 def save_finished(trainer: Trainer) -> None:
     """Save state, processor and model under temporary names, then rename them, the weights last.
 
-    A model that is there is therefore whole, and this step done. What a former model left in the report, one
-    that someone has deleted, goes first: it would be taken for this model's.
+    A model that is there is therefore whole, and this step done.
     """
     output_dir, state = Path(trainer.args.output_dir), trainer.state
     if state.best_model_checkpoint:  # this file is published: no path of this machine
@@ -148,9 +141,6 @@ def save_finished(trainer: Trainer) -> None:
     with atomic(output_dir / "trainer_state.json") as part:
         state.save_to_json(str(part))
     if MAIN:
-        for name in OF_A_MODEL:
-            for file in (output_dir / "report").glob(name):
-                remove(file)
         retry(save_model, trainer, output_dir)
         log.info("saved the model in %s", output_dir)
     trainer.accelerator.wait_for_everyone()  # or another process reads the state before it has its name

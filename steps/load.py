@@ -208,15 +208,15 @@ def record_data(images: Dataset, folder: Path, origin: dict[str, Any], work: Wor
 
     Raises SystemExit then, and where there is only one class.
     """
-    name, *others = images.features["label"].names
-    if not others:
-        inside, remedy = folder / name, "give a folder that holds one folder for each class"
+    names = images.features["label"].names
+    if len(names) == 1:
+        inside, remedy = folder / names[0], "give a folder that holds one folder for each class"
         if inside.is_dir() and any(entry.is_dir() for entry in visible(inside)):
             remedy = f"give --data_dir {inside}"
-        stop(f"{folder} holds one class only: {name}", remedy)
+        stop(f"{folder} holds one class only: {names[0]}", remedy)
     sizes = [os.stat(folder / file).st_size for file in images["file"][:]]
     known = [images[name][:] for name in ("split", "group") if name in images.column_names]
-    listing = json.dumps([images["file"][:], images["label"][:], sizes, *known]).encode()
+    listing = json.dumps([images["file"][:], [names[i] for i in images["label"][:]], sizes, *known]).encode()
     data = {"name": folder.name, "images": len(images), "files_sha256": hashlib.sha256(listing).hexdigest()}
     data |= {f"archive_{name}": origin[name] for name in ("bytes", "sha256") if name in origin}
     if work.settings.dataset_name is not None:

@@ -41,6 +41,12 @@ save_on_each_node save_total_limit split_otherwise tf32 torch_compile torch_comp
 torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
 trackio_static_space_id use_cpu""".split()
 
+TRAINED = ["model.safetensors", "checkpoint-*"]  # what training makes
+TRAINED += [f"fold-*/{name}" for name in (*TRAINED, "predictions.csv")]
+# What a report holds of one model, and finds there again.
+OF_A_MODEL = """predictions.csv metrics.json label_issues.csv external-*.csv learned-*.csv
+near_duplicates-*.csv model_card.md *.png *.html""".split()
+
 
 @dataclasses.dataclass
 class Workspace:
@@ -72,8 +78,7 @@ def open_workspace(settings: Settings, training: TrainingArguments) -> Workspace
     output_dir = Path(training.output_dir)
     work = Workspace(settings, training, archives, claim(output_dir))
     now, path = record_of(work), output_dir / "settings.json"
-    kinds = ("checkpoint-*", "report/*", "model.safetensors")
-    results = [found.name for kind in kinds for found in output_dir.glob(kind)]
+    results = [found.name for kind in ("report/*", *TRAINED) for found in output_dir.glob(kind)]
     if results and not path.exists():
         stop(f"{output_dir} holds {results[-1]}, but no settings.json", "choose another --output_dir")
     keys = ["settings", "training", "derived"]
@@ -174,8 +179,7 @@ def changes(before: dict, now: dict) -> list[str]:
 
 def is_trained(output_dir: Path) -> bool:
     """Say whether the folder holds what training made: its settings are then settled."""
-    made = ("model.safetensors", "checkpoint-*", "fold-*/predictions.csv", "fold-*/checkpoint-*")
-    return any(path for name in made for path in output_dir.glob(name))
+    return any(path for name in TRAINED for path in output_dir.glob(name))
 
 
 def forget_split(work: Workspace) -> None:
@@ -183,6 +187,24 @@ def forget_split(work: Workspace) -> None:
     if MAIN:
         for name in ("split.csv", "near_duplicates.csv", "cross_validation.csv"):
             remove(work.report / name)
+
+
+def forget_model(work: Workspace) -> None:
+    """Delete what is said of a model that someone has deleted: it would be taken for the next one's.
+
+    A card that was edited is kept under another name.
+    """
+    files = [*work.output_dir.glob("*_results.json")]
+    files += [path for name in OF_A_MODEL for path in work.report.glob(name)]
+    card, made = work.output_dir / "README.md", work.report / "model_card.md"
+    if card.exists() and "model-index:" in (text := card.read_text(encoding="utf-8")):
+        if made.exists() and made.read_text(encoding="utf-8") == text:
+            files.append(card)
+        else:
+            log.warning("warning: %s is the card of a former model; now called README-former.md", card)
+            os.replace(card, card.with_name("README-former.md"))
+    for path in files:
+        remove(path)
 
 
 def versions() -> dict[str, str]:
@@ -206,6 +228,8 @@ def choose_checkpoint(work: Workspace) -> str:
         if finished:
             remedy = "delete its model.safetensors to make it again from the last checkpoint"
         stop(f"cannot use {name}: {first_line(problem)}", remedy)
+    if MAIN and not finished:
+        forget_model(work)
     if work.training.gradient_checkpointing and kind in NO_CHECKPOINTING:
         stop(f"--gradient_checkpointing is not for a {kind}", "leave it out")
     return name

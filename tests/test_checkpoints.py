@@ -7,6 +7,7 @@ import shutil
 import signal
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import same_weights, weights
@@ -15,7 +16,11 @@ from transformers import TrainerCallback
 import steps.checkpoints
 import steps.console
 from steps.checkpoints import StopOnSignal
+from steps.duplicates import Scenes
+from steps.evaluation import predict
 from steps.settings import images_per_step
+from steps.split import cut_folds
+from steps.validation import cross_validate
 
 FIRST_IS_BEST = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # the loss only falls
 
@@ -105,16 +110,20 @@ def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(tmp_path, star
     assert len(speeds) == 4
 
 
-def test_a_new_model_gets_no_numbers_of_one_that_was_deleted(tmp_path, start):
-    report = tmp_path / "model" / "report"
-    start("model", "--num_train_epochs", "0", "--linear_probe", "true").fine_tune()
-    (tmp_path / "model" / "model.safetensors").unlink()
-    report.mkdir(exist_ok=True)
-    of_both = {"split.csv", "near_duplicates.csv", "left_out.csv"}
-    for name in (*of_both, "predictions.csv", "external-x-1.csv", "metrics.json", "roc.png"):
-        (report / name).touch()
-    start("model", "--num_train_epochs", "0", "--linear_probe", "true").fine_tune()
-    assert {file.name for file in report.iterdir()} == of_both
+def test_a_fold_that_was_cut_off_before_its_predictions_is_scored_by_its_own_model(tmp_path, start):
+    training = start("model", "--num_train_epochs", "0", "--linear_probe", "true", "--cross_validate", "3")
+    trainer, splits = training.fine_tune(), training.splits
+    files = [file for part in splits.values() for file in part["file"][:]]
+    scenes = Scenes(pd.DataFrame(), pd.Series(range(len(files)), files))
+    parts = cut_folds(splits, scenes.groups, training.work)[0]
+    expected = predict(trainer, parts, ["test"], tmp_path / "expected.csv")
+    fold = tmp_path / "model" / "fold-1-of-3"
+    fold.mkdir()
+    for file in [file for file in (tmp_path / "model").iterdir() if file.is_file()]:
+        shutil.copy(file, fold)
+    cross_validate(training.names["fine_tune"], splits, scenes, training.work)
+    found = pd.read_csv(fold / "predictions.csv").set_index("file")["p_red"]
+    assert found.to_dict() == pytest.approx(expected.set_index("file")["p_red"].to_dict(), abs=1e-6)
 
 
 def test_a_run_with_a_linear_probe_goes_on_to_the_bit_and_fits_it_once(tmp_path, start, cut, caplog):

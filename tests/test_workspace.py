@@ -272,6 +272,38 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, flags):
     assert (tmp_path / "model").read_text() == "notes"
 
 
+def test_folds_alone_settle_the_settings(tmp_path, flags):
+    open_workspace(*read_settings(flags))
+    (tmp_path / "model" / "fold-1-of-3" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="settings: seed was 42, is 1;"):
+        open_workspace(*read_settings([*flags, "--seed", "1"]))
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_what_is_said_of_a_model_goes_with_it(flags, caplog, edited):
+    work, card = open_workspace(*read_settings(flags)), "---\nmodel-index:\n- 0.999\n"
+    lasting = {"split.csv", "near_duplicates.csv", "left_out.csv"}
+    of_model = {
+        "predictions.csv",
+        "metrics.json",
+        "external-x-1.csv",
+        "learned-x-1.csv",
+        "roc.png",
+        "index.html",
+    }
+    work.report.mkdir()
+    for name in lasting | of_model:
+        (work.report / name).touch()
+    (work.report / "model_card.md").write_text(card)
+    (work.output_dir / "README.md").write_text(card + "My note.\n" * edited)
+    (work.output_dir / "all_results.json").touch()
+    choose_checkpoint(work)
+    assert {file.name for file in work.report.iterdir()} == lasting
+    left = {file.name for file in work.output_dir.iterdir() if file.suffix in (".md", ".json")}
+    assert left == {"settings.json"} | ({"README-former.md"} if edited else set())
+    assert ("is the card of a former model" in caplog.text) == edited
+
+
 def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):
     work = open_workspace(*read_settings(flags))
     assert choose_checkpoint(work) == str(tiny_vit)

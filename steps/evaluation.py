@@ -15,7 +15,7 @@ from .architectures import pixel_shape
 from .console import listed, log, show
 from .discrimination import discriminate, operating_points
 from .duplicates import Scenes, count_pairs
-from .files import probability_columns, read_json, read_table, write_json, write_table
+from .files import probability_columns, read_json, read_table, remove, write_json, write_table
 from .finetune import chosen_epoch, save_metrics
 from .load import count_classes
 from .report import public
@@ -57,15 +57,17 @@ def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path)
 
 
 def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, trainer: Trainer) -> dict:
-    """Return the content of report/metrics.json, found there if it covers the same splits."""
+    """Return the content of report/metrics.json, found there if it covers as many images."""
     output_dir = Path(trainer.args.output_dir)
     path, parts = output_dir / "report" / "metrics.json", dict(tuple(predictions.groupby("split")))
     record, class_names = read_json(output_dir / "settings.json"), splits["train"].features["label"].names
     left_out = path.with_name("left_out.csv")
     count = len(read_table(left_out, ["file", "reason"])) if left_out.exists() else 0
     results = read_json(path) | {"data": record["data"] | {"left_out": count}}
-    if parts.keys() <= results.keys():
+    if parts.keys() <= results.keys() and all(results["split"][name] == len(parts[name]) for name in parts):
         return results
+    for picture in path.parent.glob("*.png"):
+        remove(picture)
     results |= measure(parts, scenes, class_names)
     logged = set().union(*trainer.state.log_history)
     results["made"] = (
@@ -232,9 +234,7 @@ def show_results(results: dict) -> None:
     show(scores.map(lambda score: round(score["value"], 3), na_action="ignore"))
     classes = pd.DataFrame(results["per_class"]).T.round(3).astype({"n": int, "groups": "Int64"})
     worst, columns = worst_classes(results["per_class"]), [name for name in COLUMNS if name in classes]
-    title = (
-        f"the worst of {len(classes):,} classes (metrics.json: all)" if len(worst) < len(classes) else None
-    )
+    title = f"worst of {len(classes):,} classes (metrics.json: all)" if len(worst) < len(classes) else None
     show(classes.loc[worst, columns].rename_axis(title))
     show(pd.DataFrame(results["shortcuts"]).T.round(3).rename_axis("test images, painted black:"))
     notes = {

@@ -201,6 +201,10 @@ def test_metrics_json_has_the_documented_shape(tmp_path, measured):
     )
     path.write_text(json.dumps(results | {"mark": "found again"}))
     assert summarise(predictions, splits, scenes, trainer)["mark"] == "found again"
+    (picture := path.with_name("roc.png")).touch()
+    path.write_text(json.dumps(results | {"split": results["split"] | {"test": 7}, "test": {}}))
+    again = summarise(predictions, splits, scenes, trainer)  # those were of other images
+    assert again["test"] == results["test"] and not picture.exists()
 
 
 def summarised(measured, settings, training, log_history):

@@ -76,9 +76,9 @@ def cut_cells(picture: np.ndarray) -> np.ndarray:
 def near_pairs(first: Views, second: Views) -> pd.DataFrame:
     """Return the near-duplicates, nearest first: pictures a in first, b in second, `distance` up to NEAR.
 
-    The smaller of two measures counts. By cells: 1 - their correlation after the mean cells of `second` are
-    taken off, the highest of eight mirrorings and quarter turns; at most 100 partners of an `a`: a video has
-    more. By landmarks: NEAR * ENOUGH / the number that both share; looked at only in the 20 pictures that are
+    The smaller of two measures counts. By cells, less the mean cells of `second`: 1 - their highest
+    correlation over eight mirrorings and quarter turns; at most 100 partners of an `a`, even in a video. By
+    landmarks: NEAR * ENOUGH / the number that both share; looked at only in the 20 pictures that are
     most alike. Where first is second, a < b.
     """
     copies, alike = compare_cells(first, second)

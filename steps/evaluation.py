@@ -57,7 +57,7 @@ def predict(trainer: Trainer, splits: DatasetDict, names: list[str], path: Path)
 
 
 def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, trainer: Trainer) -> dict:
-    """Return the content of report/metrics.json, found there if it covers as many images."""
+    """Return the content of report/metrics.json, read from there if its splits are as large."""
     output_dir = Path(trainer.args.output_dir)
     path, parts = output_dir / "report" / "metrics.json", dict(tuple(predictions.groupby("split")))
     record, class_names = read_json(output_dir / "settings.json"), splits["train"].features["label"].names

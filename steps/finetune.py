@@ -113,7 +113,7 @@ def guarded(trainer: Trainer, training: TrainingArguments) -> Iterator[None]:
             each = training.per_device_train_batch_size * training.gradient_accumulation_steps
             batch = next(size for size in range(half, 0, -1) if each % size == 0)
             halves = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {each // batch}"
-            remedy = f"{halves} need half of it and train the same"
+            remedy = f"{halves} need at most half of it and train the same"
         stop(str(problem).split(".")[0], remedy)
     finally:
         trainer.remove_callback(guard)

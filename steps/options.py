@@ -44,7 +44,7 @@ class Settings:
     validation_size: float = setting(
         0.15, "Share that chooses the epoch; 0: the test images do, and flatter the score.", "SHARE"
     )
-    split_by: str | None = setting(None, "near-duplicates, random; default: your split, if any.", "HOW")
+    split_by: str | None = setting(None, "near-duplicates, random; default: yours, else the recipe's.", "HOW")
     augment: str = setting("", "Vary training images by any of flip,turn,crop,colour.", "KINDS")
     linear_probe: bool = setting(False, "Fit the head to the pretrained features first.", "BOOL")
     layer_decay: float = setting(1.0, "Each layer's learning rate, as a share of the next one's.", "SHARE")

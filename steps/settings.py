@@ -23,7 +23,7 @@ from .environment import bear_lack_of_locks, keep_caches, meeting, plain_paths, 
 from .options import EXAMPLE, TRAINING, WORDS, Settings
 
 SMALL = 8  # images per step: fewer need no lower rate
-PASS = 32  # images that are passed at once without CUDA: more are no faster, but may fill the memory
+PASS = 32  # images per forward pass without CUDA: more are no faster, but may fill the memory
 USAGE = "usage: python finetune_vit.py [--config FILE] [--SETTING VALUE ...]"
 
 

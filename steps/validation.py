@@ -41,7 +41,7 @@ def cross_validate(fine_tune: Callable, splits: DatasetDict, scenes: Scenes, wor
             log.info("fold %s of %s", fold, folds)
             folder.mkdir(parents=True, exist_ok=True)
             transformers.logging.set_verbosity_error()  # or a new head is reported as a mismatch
-            begun = (folder / "model.safetensors").exists()  # and cut off before its predictions were there
+            begun = (folder / "model.safetensors").exists()  # trained, but cut off before it was scored
             trainer = fine_tune(str(folder) if begun else work.settings.model_name_or_path, parts, options)
             table = predict(trainer, parts, ["test"], kept)
         for file in folder.iterdir() if MAIN else ():

@@ -135,7 +135,7 @@ def keep_on_drive(settings: Settings, training: TrainingArguments, drive: Path) 
 def claim(folder: Path) -> filelock.BaseFileLock | None:
     """Lock `folder` until this process ends, however it ends. Raises SystemExit if another run has it.
 
-    Under torchrun the main process does so for all: while others looked for locks it would find one.
+    Under torchrun only the main process does: the others, testing the disk for locks, would be in its way.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def derived(settings: Settings, training: TrainingArguments) -> dict[str, Any]:
     """Return what several settings decide together, under the name of the flag that changes it."""
     rate = f"{training.learning_rate:g}"
     rate += f" with {settings.rate_for} images per step" if settings.rate_for else ""
-    split_by = settings.split_by or f"given, else {settings.split_otherwise}"
+    split_by = settings.split_by or f"given or {settings.split_otherwise}"
     return {"images_per_step": images_per_step(training), "learning_rate": rate, "split_by": split_by}
 
 
@@ -201,7 +201,7 @@ def forget_model(work: Workspace) -> None:
         if made.exists() and made.read_text(encoding="utf-8") == text:
             files.append(card)
         else:
-            log.warning("warning: %s is the card of a former model; now called README-former.md", card)
+            log.warning("warning: %s describes a former model; it is now README-former.md", card)
             os.replace(card, card.with_name("README-former.md"))
     for path in files:
         remove(path)

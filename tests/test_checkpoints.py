@@ -60,7 +60,7 @@ def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch, flags,
         trainers.append(trainer)
         monkeypatch.setattr(trainer, "training_step", run_out)
 
-    half = f"{halves} need half of it and train the same"
+    half = f"{halves} need at most half of it and train the same"
     line = f"CUDA out of memory; {half if halves else '--gradient_checkpointing true needs less'}"
     with pytest.raises(SystemExit, match=f"error: {line}$"):
         start("model", *flags, hook=hook).fine_tune()

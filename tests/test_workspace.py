@@ -63,7 +63,7 @@ def begun(tmp_path, flags, request):
             "settings: learning_rate was 4e-05 with 64 images per step, is 0.0001;",
         ),
         (["--learning_rate", "4e-5"], "settings: learning_rate was 4e-05 with 64 images per step, is 4e-05;"),
-        (["--split_by", "random"], "settings: split_by was given, else near-duplicates, is random;"),
+        (["--split_by", "random"], "settings: split_by was given or near-duplicates, is random;"),
         (["--seed", "1"], "seed was 42, is 1"),
         (["--test_size", "0.2"], "test_size was 0.15, is 0.2"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
@@ -301,7 +301,7 @@ def test_what_is_said_of_a_model_goes_with_it(flags, caplog, edited):
     assert {file.name for file in work.report.iterdir()} == lasting
     left = {file.name for file in work.output_dir.iterdir() if file.suffix in (".md", ".json")}
     assert left == {"settings.json"} | ({"README-former.md"} if edited else set())
-    assert ("is the card of a former model" in caplog.text) == edited
+    assert ("describes a former model" in caplog.text) == edited
 
 
 def test_finished_model_is_preferred(tmp_path, flags, tiny_vit):

@@ -70,9 +70,8 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
         remove(picture)
     results |= measure(parts, scenes, class_names)
     logged = set().union(*trainer.state.log_history)
-    results["made"] = (
-        "fine-tuned" if "epoch" in logged else "probed" if "ridge_strength" in logged else "evaluated"
-    )
+    made = {"epoch": "fine-tuned", "ridge_strength": "probed"}
+    results["made"] = next((made[key] for key in made if key in logged), "evaluated")
     if results["made"] == "fine-tuned":
         results["chosen_epoch"] = chosen_epoch(trainer.args, trainer.state)
     temperature = getattr(trainer.model.config, "calibration_temperature", 1.0)

@@ -88,12 +88,12 @@ def summarise(predictions: pd.DataFrame, splits: DatasetDict, scenes: Scenes, tr
         results["split"]["earlier"] = record["earlier"]
     results["split"]["classes"] = {name: count_classes(part) for name, part in splits.items()}
     results["split"]["test_groups"] = len(np.unique(groups))
-    results["speed"] = measured_speed(trainer, splits["train"])
+    results.setdefault("speed", measured_speed(trainer, splits["train"]))
     recorded = record["settings"] | record["training"] | {"learning_rate": trainer.args.learning_rate}
     recorded["images_per_step"] = images_per_step(trainer.args)  # by number of images, see `for_trainer`
     results["settings"] = {name: public(value) for name, value in recorded.items()}
     results["warnings"] = warnings_of(results)
-    results["versions"] = versions() | {"device": describe_device(trainer.args)}
+    results.setdefault("versions", versions() | {"device": describe_device(trainer.args)})
     write_json(path, results)
     return results
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -197,12 +198,14 @@ def forget_model(work: Workspace) -> None:
     files = [*work.output_dir.glob("*_results.json")]
     files += [path for name in OF_A_MODEL for path in work.report.glob(name)]
     card, made = work.output_dir / "README.md", work.report / "model_card.md"
-    if card.exists() and "model-index:" in (text := card.read_text(encoding="utf-8")):
-        if made.exists() and made.read_text(encoding="utf-8") == text:
+    if card.exists() and b"model-index:" in (content := card.read_bytes()):
+        if made.exists() and made.read_bytes() == content:
             files.append(card)
         else:
-            log.warning("warning: %s describes a former model; it is now README-former.md", card)
-            os.replace(card, card.with_name("README-former.md"))
+            names = (card.with_name(f"README-former-{number}.md") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            log.warning("warning: %s describes a former model; it is now %s", card, aside.name)
+            os.replace(card, aside)
     for path in files:
         remove(path)
 

@@ -202,9 +202,11 @@ def test_metrics_json_has_the_documented_shape(tmp_path, measured):
     path.write_text(json.dumps(results | {"mark": "found again"}))
     assert summarise(predictions, splits, scenes, trainer)["mark"] == "found again"
     (picture := path.with_name("roc.png")).touch()
-    path.write_text(json.dumps(results | {"split": results["split"] | {"test": 7}, "test": {}}))
+    older = {"split": results["split"] | {"test": 7}, "test": {}, "versions": {"device": "that trained"}}
+    path.write_text(json.dumps(results | older))
     again = summarise(predictions, splits, scenes, trainer)  # those were of other images
     assert again["test"] == results["test"] and not picture.exists()
+    assert again["versions"] == older["versions"]
 
 
 def summarised(measured, settings, training, log_history):

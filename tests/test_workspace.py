@@ -297,10 +297,11 @@ def test_what_is_said_of_a_model_goes_with_it(flags, caplog, edited):
     (work.report / "model_card.md").write_text(card)
     (work.output_dir / "README.md").write_text(card + "My note.\n" * edited)
     (work.output_dir / "all_results.json").touch()
+    (work.output_dir / "README-former-1.md").touch()
     choose_checkpoint(work)
     assert {file.name for file in work.report.iterdir()} == lasting
     left = {file.name for file in work.output_dir.iterdir() if file.suffix in (".md", ".json")}
-    assert left == {"settings.json"} | ({"README-former.md"} if edited else set())
+    assert left == {"settings.json", "README-former-1.md"} | ({"README-former-2.md"} if edited else set())
     assert ("describes a former model" in caplog.text) == edited
 
 

@@ -7,12 +7,13 @@ import shutil
 import unicodedata
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import COLOURS, ROOT, load_images, make_work
 
 from steps.download import fetch_images
 from steps.options import Settings
-from steps.load import KVASIR, find_images, load_external, record_data
+from steps.load import KVASIR, as_dataset, find_images, load_external, record_data
 
 
 def names(images):
@@ -259,6 +260,19 @@ def test_images_from_elsewhere_have_known_classes_and_our_labels(tmp_path, make_
         SystemExit, match="no class of .* is named like ours: blue, purple, red; rename them: ours are"
     ):
         load_external(["cat", "dog"], work)
+
+
+def test_renamed_classes_are_other_data(tmp_path, make_images):
+    """Also where their order, and so each label's number, stays the same."""
+    folder = make_images(count=2, classes=("a", "b"))
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*.jpg"))]
+    digests = set()
+    for number, names in enumerate([("a", "b"), ("a", "c")]):
+        table = pd.DataFrame({"file": files, "label": [names[file[0] == "b"] for file in files]})
+        work = make_work(["--data_dir", folder, "--output_dir", tmp_path / f"model-{number}"])
+        record_data(as_dataset(table, [*names]), folder, {}, work)
+        digests.add(json.loads((work.output_dir / "settings.json").read_text())["data"]["files_sha256"])
+    assert len(digests) == 2
 
 
 def test_images_from_elsewhere_may_be_of_one_class(tmp_path, make_images):

@@ -136,8 +136,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return self.connection.close()
                 if fault.cut is None:
-                    self.read_body(length)  # or the client, still sending, may find the connection reset
-                    self.close_connection = True
+                    self.read_body(length)  # all of it: the client sends the next request on this connection
                     return self.refuse(fault.status, f"fault {fault.status}")
                 self.cut = fault.cut
         self.read_body(length)

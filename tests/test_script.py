@@ -30,8 +30,8 @@ def test_sample_is_learned(run):
     assert metrics(run)["test"]["accuracy"]["value"] >= 0.75  # 0.81 to 0.92 over nine runs; chance is 0.125
 
 
-def test_sample_takes_under_two_minutes(run):
-    assert run["seconds"] < 120  # about 40 on two cores when nothing else runs
+def test_sample_takes_under_two_minutes_of_two_cores(run):
+    assert 10 < run["seconds"] < 2 * 120  # CPU time, whatever else runs; about 80
 
 
 def test_output_tells_the_story(run):

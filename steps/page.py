@@ -22,7 +22,7 @@ from .duplicates import conflicting
 from .files import lookup, probability_columns, read_table, sha256_of, write_text
 from .load import KVASIR
 from .options import SHOWN
-from .report import TEMPLATES, command_of
+from .report import TEMPLATES, command_of, settings_shown
 from .scores import confusions, label_numbers
 from .workspace import Workspace
 
@@ -112,6 +112,7 @@ def content_of(results: dict, predictions: pd.DataFrame, report: Path) -> dict:
             "right": certain["right"].astype(int).tolist(),
         },
         "command": command_of(results),
+        "settings_shown": settings_shown(results),
         "tables": sorted(path.name for path in report.glob("*.csv")),
     }
 

@@ -25,6 +25,10 @@ from .workspace import HERE, SAMPLE, Workspace
 # In a name: signs of Markdown, HTML and TeX, blanks that would be lost, _ at the ends of words.
 SPECIAL = re.compile(r"[!-&*:<-@[-^`{-~]|[^\S ]|[\0-\x1f\x7f-\x9f]|^ | (?= )| $|(?<![^\W_])_|_(?![^\W_])")
 TEMPLATES = HERE / "templates"
+# What card and page say of how a model was made, in this order; TUNED only if its layers were trained.
+TUNED = """images_per_step min_steps learning_rate layer_decay lr_scheduler_type warmup_steps weight_decay
+freeze_backbone class_weights optim metric_for_best_model""".split()
+ALWAYS = "linear_probe augment bf16 fp16 seed test_size validation_size".split()
 
 
 def public(value: Any) -> Any:
@@ -65,6 +69,13 @@ def command_of(results: dict) -> str:
     return shlex.join(["python", "finetune_vit.py", *words])
 
 
+def settings_shown(results: dict) -> dict[str, Any]:
+    """Return the settings that card and page show, from the content of metrics.json."""
+    names = ["recipe", "num_train_epochs", *(TUNED if results["made"] == "fine-tuned" else ()), *ALWAYS]
+    shown = {name: results["settings"][name] for name in names}
+    return shown | {"split_by": results["split"]["by"]}
+
+
 def make_model_card(results: dict, pictures: list[str], model_type: str) -> ModelCard:
     """Return the model card, in the Hub's format, with the named `pictures` of `report/`."""
     kvasir = KVASIR if results["data"]["kvasir"] else None
@@ -98,7 +109,7 @@ def make_model_card(results: dict, pictures: list[str], model_type: str) -> Mode
         card_data.license_link = kvasir["homepage"]
     more = {"names": names, "kvasir": kvasir, "pictures": pictures, "command": command_of(results)}
     more |= {"model_type": model_type, "plain": plain_text, "code": code, "room": SHOWN}
-    more |= {"worst": worst_classes(results["per_class"])}
+    more |= {"worst": worst_classes(results["per_class"]), "settings_shown": settings_shown(results)}
     more |= {"rarest": rarest_classes(results["split"]["classes"])}
     return ModelCard.from_template(card_data, str(TEMPLATES / "model_card.md"), **more, **results)
 

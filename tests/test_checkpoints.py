@@ -66,6 +66,7 @@ def test_too_little_memory_is_one_line_that_halves_it(start, monkeypatch, flags,
         start("model", *flags, hook=hook).fine_tune()
     advised, args = start("halves", *flags, *halves.split()).build().args, trainers[0].args
     assert images_per_step(advised) == images_per_step(args) == images  # it makes the same steps
+    assert advised.per_device_train_batch_size == (int(halves.split()[1]) if halves else 1)
     assert advised.per_device_train_batch_size <= max(1, args.per_device_train_batch_size // 2)
 
 

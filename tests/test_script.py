@@ -30,8 +30,9 @@ def test_sample_is_learned(run):
     assert metrics(run)["test"]["accuracy"]["value"] >= 0.75  # 0.81 to 0.92 over nine runs; chance is 0.125
 
 
-def test_sample_takes_under_two_minutes_of_two_cores(run):
-    assert 10 < run["seconds"] < 2 * 120  # CPU time, whatever else runs; about 80
+def test_sample_takes_under_two_minutes(run):
+    """Of CPU time, about 75 s: other tests share the cores. On two idle cores it takes 40 s."""
+    assert run["cpu_seconds"] < 120 and run["seconds"] < 240
 
 
 def test_output_tells_the_story(run):

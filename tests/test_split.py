@@ -178,11 +178,8 @@ def test_a_given_split_is_taken_unless_another_rule_is_asked_for(images, tmp_pat
     assert splits["test"]["file"][:] == images["file"][2::3]
     for fold in cut_folds(splits, fours, work):  # a recipe's random split is not for these data
         assert not {*fours[fold["test"]["file"][:]]} & {*fours[fold["train"]["file"][:]]}
-    rules = [
-        (None, "near-duplicates"),
-        ("random", "near-duplicates"),
-        (None, "random"),
-    ]  # of flags, of a recipe
+    # asked for by flags, else by a recipe
+    rules = [(None, "near-duplicates"), ("random", "near-duplicates"), (None, "random")]
     assert [split_rule(named, *rule) for rule in rules] == ["given", "random", "given"]
     assert [split_rule(images, *rule) for rule in rules] == ["near-duplicates", "random", "random"]
 

@@ -312,7 +312,9 @@ def against_tutorial(results: dict, labels: np.ndarray, groups: np.ndarray) -> p
             (before, parts_before), (now, parts_now) = (ece_parts(images, one) for one in answers)
             difference = now - before, parts_now - parts_before
             differences["ece"].append([*t_interval(difference, 0.0, 1.0).values()])
-        for metric in ("macro_f1", "log_loss", "ece", "accuracy") if differences else ():
+        if not differences:
+            continue
+        for metric in ("macro_f1", "log_loss", "ece", "accuracy"):
             value, low, high = np.mean(differences[metric], axis=0)
             table.setdefault(run, {})[metric] = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
     return pd.DataFrame(table).T
